@@ -1,0 +1,102 @@
+"""Every run that cannot be done: one line that says what is wrong and what to do, exit status 2, the old log kept."""
+
+import os
+import pickle
+import site
+import sys
+from pathlib import Path
+
+import pytest
+import validate_npu
+from conftest import SCRIPT, SMALL, Run
+
+OLD_LOG = "an earlier log\n"
+
+
+class Touch:
+    """A pickle that creates a file when it is loaded without weights_only."""
+
+    def __reduce__(self):
+        return (os.system, ("touch pickle-was-run",))
+
+
+def make_files(folder):
+    """The damaged and foreign files that the table below names."""
+    torch, timm = validate_npu.torch, validate_npu.timm
+    from safetensors.torch import save_file
+
+    model = timm.create_model("test_vit")
+    save_file(model.state_dict(), folder / "whole.safetensors")
+    torch.save(model.state_dict(), folder / "whole.pth")
+    for name in ("whole.safetensors", "whole.pth"):
+        data = (folder / name).read_bytes()
+        (folder / name.replace("whole", "truncated")).write_bytes(data[: len(data) // 2])
+    save_file(timm.create_model("test_vit2").state_dict(), folder / "test_vit2.safetensors")
+    (folder / "pickle.pth").write_bytes(pickle.dumps(Touch()))
+    torch.save({"state_dict": Touch()}, folder / "zipped-pickle.pth")
+    (folder / "text.png").write_text("this is no picture")
+    (folder / "folder").mkdir()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "npu"], "CANN is not installed, or its environment is not set (libhccl.so not found): source"),
+        (["--device", "cuda"], "no cuda device is visible"),
+        (["--device", "quantum"], "has no device of the kind 'quantum'"),
+        (["--device", "npu:x"], "'npu:x' is not a device; examples: npu, npu:1, cpu, cuda:0"),
+        (["--model", "vit_smal_patch16_dinov3"], "near: vit_small_patch16_dinov3"),
+        (["--model", "vit_small_patch16_dinov3.nonsense", "--weights", "pretrained"], "pretrained variants: vit_small_patch16_dinov3.lvd1689m"),
+        (["--model", "test_vit", "--weights", "pretrained"], "set HF_ENDPOINT=https://hf-mirror.com"),
+        (["--weights", "nowhere.pth"], "nowhere.pth does not exist (--weights takes pretrained, random or a file)"),
+        (["--weights", "truncated.pth"], "truncated.pth cannot be read"),
+        (["--weights", "truncated.safetensors"], "truncated.safetensors cannot be read"),
+        (["--weights", "test_vit2.safetensors"], "is of another model than --model: keys "),
+        (["--weights", "pickle.pth"], "it is not plain tensors"),
+        (["--weights", "zipped-pickle.pth"], "it is not plain tensors"),
+        (["--weights", "folder"], "folder does not exist"),
+        (["--image", "nowhere.png"], "the picture nowhere.png does not exist"),
+        (["--image", "text.png"], "the picture text.png cannot be read"),
+        (["--batch-sizes", "0"], "'0' is not a whole number from 1 on"),
+        (["--batch-sizes", "1", "-4"], "'-4' is not a whole number from 1 on"),
+        (["--batch-sizes", "many"], "'many' is not a whole number from 1 on"),
+        (["--iters", "0"], "'0' is not a whole number from 1 on"),
+        (["--warmup", "1.5"], "'1.5' is not a whole number from 0 on"),
+        (["--seed", "-1"], "'-1' is not a whole number from 0 on"),
+        (["--seed", str(2**63)], "is not a whole number from 0 on"),
+        (["--output", "nowhere/log.txt"], "the log cannot be written to the folder of nowhere/log.txt: No such file"),
+        (["--output", "/proc/log.txt"], "the log cannot be written to the folder of /proc/log.txt"),
+        (["--output", "folder"], "the log cannot be written: folder is not a regular file"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)  # fmt: skip
+def test_the_message_says_what_to_do(tmp_path, arguments, message):
+    make_files(tmp_path)
+    (tmp_path / "validation_output.txt").write_text(OLD_LOG)
+    # A closed port of this machine stands for a hub that is out of reach.
+    done = Run([*SMALL, *arguments], tmp_path, env={"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)})
+    assert done.status == 2, done.stdout
+    errors = [line for line in done.stderr.splitlines() if "error: " in line]
+    assert len(errors) == 1 and message in errors[0], done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    assert done.log == OLD_LOG
+    assert not (tmp_path / "pickle-was-run").exists()
+    assert not list(tmp_path.glob(".validation_output*")), "a half-written log is left"
+
+
+def test_without_torch_npu_it_says_which_version_to_install(tmp_path):
+    """All of this environment's packages but torch_npu, so that it really is not installed."""
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    for entry in Path(validate_npu.torch.__file__).parent.parent.iterdir():
+        if not entry.name.lower().startswith(("torch_npu", "torch-npu")):
+            (packages / entry.name).symlink_to(entry)
+    done = Run(["--device", "npu"], tmp_path, env={"PYTHONPATH": str(packages)}, launcher=["-S", "-s"])
+    assert done.status == 2
+    assert "torch_npu is not installed: pip install torch-npu==" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_result_line_says_that_the_run_was_not_done(run):
+    done = run("--device", "cuda")
+    assert done.stdout.splitlines()[-1].startswith("RESULT: NOT RUN  (exit status 2")

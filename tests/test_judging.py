@@ -1,0 +1,230 @@
+"""Each check can fail: a healthy record passes, and every single thing that can be wrong with it is noticed."""
+
+import dataclasses
+import math
+
+import pytest
+import validate_npu as v
+from validate_npu import FAIL, PASS, SKIP, WARN
+
+np, torch, timm = v.np, v.torch, v.timm
+CPU, NPU = torch.device("cpu"), "npu"
+
+
+def outcomes(entries):
+    return [entry.outcome for entry in entries if entry.outcome]
+
+
+# --- compare: the metrics ---------------------------------------------------------------------------------------------
+
+REFERENCE = np.random.default_rng(0).standard_normal((4, 10, 64))
+
+
+def changed(change):
+    actual = REFERENCE.copy()
+    change(actual)
+    return v.compare(actual, REFERENCE)
+
+
+def scale_a_token(x):
+    x[2, 7] *= 1.5
+
+
+def swap_two_images(x):
+    x[[0, 3]] = x[[3, 0]]
+
+
+def put_nan(x):
+    x[1, 4, 5] = math.nan
+
+
+def test_equal_arrays_have_no_error():
+    found = changed(lambda x: None)
+    assert found.equal and found.worst_rel_l2 == 0 and found.cosine == 1 and found.norm_ratio == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "worst_row", "worst_rel_l2"),
+    [(scale_a_token, (2, 7), 0.5), (put_nan, (1, 4), math.inf)],
+)
+def test_the_worst_row_is_named(change, worst_row, worst_rel_l2):
+    found = changed(change)
+    assert found.worst_row == worst_row
+    assert found.worst_rel_l2 == pytest.approx(worst_rel_l2)
+
+
+def test_one_bad_row_is_not_diluted_by_the_good_ones():
+    found = changed(scale_a_token)
+    assert found.rel_l2 < 0.1 < found.worst_rel_l2
+    assert found.norm_ratio == pytest.approx(1.5)
+
+
+def test_swapped_images_keep_their_norms_and_are_noticed():
+    found = changed(swap_two_images)
+    assert found.worst_rel_l2 > 1 and found.cosine < 0.5
+
+
+def test_nan_never_equals_nan():
+    nan = np.full((1, 3), math.nan)
+    found = v.compare(nan, nan)
+    assert not found.finite and not found.equal and found.max_abs == math.inf
+
+
+def test_a_row_of_zeros_has_no_infinite_error():
+    reference = np.vstack([np.ones((9, 8)), np.zeros((1, 8))])
+    assert v.compare(reference + 1e-6, reference).worst_rel_l2 < 1e-4
+
+
+def test_figures_are_those_of_numpy():
+    a, r = REFERENCE[:, 0] + 0.01, REFERENCE[:, 0]
+    found = v.compare(a, r)
+    assert found.max_abs == pytest.approx(0.01) and found.mean_abs == pytest.approx(0.01)
+    assert found.rel_l2 == pytest.approx(np.linalg.norm(a - r) / np.linalg.norm(r))
+    assert found.reference_rms == pytest.approx(np.sqrt((r**2).mean()))
+
+
+def test_shapes_that_differ_are_an_error():
+    with pytest.raises(ValueError, match="shapes differ"):
+        v.compare(np.ones((1, 3)), np.ones((1, 4)))
+
+
+# --- the stages' judges -----------------------------------------------------------------------------------------------
+
+GOOD = v.compare(np.ones((2, 8)) + 1e-7, np.ones((2, 8)))
+EQUAL = v.compare(np.ones((2, 8)), np.ones((2, 8)))
+BAD = v.compare(np.ones((2, 8)) * 1.1, np.ones((2, 8)))
+NAN = v.compare(np.full((2, 8), math.nan), np.ones((2, 8)))
+
+OUTPUT = v.OutputRecord(
+    name="embedding", batch="2", shape=(2, 8), expected_shape=(2, 8), dtype="float32", nonfinite=0, minimum=0.0, maximum=1.0,
+    mean=0.5, std=0.1, smallest_row_std=0.1, closest_rows=0.5, alone=GOOD, repeat=EQUAL,
+)  # fmt: skip
+
+
+def test_a_healthy_output_passes():
+    assert outcomes(v.judge_outputs([OUTPUT], [])) == [PASS, PASS]
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"shape": (2, 9)}, "the shape should be 2x8"),
+        ({"nonfinite": 1}, "1 of 16 values are NaN or infinite"),
+        ({"smallest_row_std": 0.0}, "collapsed"),
+        ({"closest_rows": 1e-6}, "different images give the same output"),
+        ({"alone": BAD}, "image 0 differs from the same image alone"),
+        ({"alone": NAN}, "image 0 differs from the same image alone"),
+    ],
+)
+def test_an_output_fails_for_each_thing_that_can_be_wrong(change, problem):
+    row = v.judge_outputs([dataclasses.replace(OUTPUT, **change)], [])[1]
+    assert row.outcome == FAIL
+    assert problem in row.problem
+
+
+@pytest.mark.parametrize(("repeat", "outcome"), [(EQUAL, PASS), (GOOD, WARN), (BAD, FAIL), (NAN, FAIL)])
+def test_a_repeat_is_to_be_equal_bit_for_bit(repeat, outcome):
+    assert v.judge_outputs([dataclasses.replace(OUTPUT, repeat=repeat)], [])[-1].outcome == outcome
+
+
+def test_a_batch_that_does_not_fit_is_a_row():
+    assert outcomes(v.judge_outputs([OUTPUT], ["64"])) == [PASS, WARN, PASS]
+
+
+DEVICE = v.DeviceRecord("npu:0", {}, {"convolution": True, "matmul": False}, {}, 2, 1, GOOD)
+
+
+@pytest.mark.parametrize(("probe", "outcome"), [(GOOD, PASS), (BAD, FAIL), (NAN, FAIL)])
+def test_a_wrong_matrix_product_fails(probe, outcome):
+    assert outcomes(v.judge_device(dataclasses.replace(DEVICE, probe=probe), CPU)) == [outcome]
+
+
+MODEL = v.ModelRecord(1, {"input_size": (3, 8, 8), "interpolation": "bicubic", "crop_pct": 1.0, "mean": (0.5,), "std": (0.5,)}, "a", "a", "b", 0.1)
+
+
+@pytest.mark.parametrize(("read_back", "outcome"), [("a", PASS), ("c", FAIL)])
+def test_weights_that_do_not_come_back_as_they_went_fail(read_back, outcome):
+    assert outcomes(v.judge_model(dataclasses.replace(MODEL, device_sha256=read_back), "random", 0.1, CPU)) == [outcome, SKIP]
+
+
+@pytest.mark.parametrize(("difference", "outcome"), [(EQUAL, PASS), (GOOD, PASS), (BAD, FAIL), (NAN, FAIL)])
+def test_precision_is_judged(difference, outcome):
+    records = [v.PrecisionRecord("embedding", "npu float32", f"cpu {reference}", difference) for reference in ("float32", "float64")]
+    assert outcomes(v.judge_precision(records)) == [outcome, outcome]
+
+
+def test_out_of_memory_is_a_row_and_the_other_batch_sizes_are_reported():
+    entries = v.judge_throughput([v.Timing(1, (1.0, 1.0), (2.0, 2.0)), v.Timing(8, out_of_memory=True)])
+    assert "500.00" in entries[1].text and entries[1].varies
+    assert entries[2].outcome == WARN and entries[2].problem == "out of device memory"
+
+
+# --- inputs and weights -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "test_vit", "resnet18", "convnext_atto"])
+def test_random_weights_let_every_block_matter(name):
+    """With timm's own initialisation, LayerScale (1e-5) or a zeroed BatchNorm hides whatever a block computes."""
+    model = timm.create_model(name).eval()
+    v.draw_weights(model, seed=0)
+    images = v.draw_images(1, timm.data.resolve_model_data_config(model)["input_size"], seed=0)
+    before = v.forward_outputs(model, images)["embedding"]
+    matrices = [(key, p) for key, p in model.named_parameters() if p.ndim > 1 and not key.startswith(("head", "fc"))]
+    for key, parameter in matrices[:: 1 + len(matrices) // 12]:
+        parameter.data *= 1.05
+        moved = v.compare(v.forward_outputs(model, images)["embedding"], before).rel_l2
+        parameter.data /= 1.05
+        assert moved > 1e-4, f"{key}: 5 % move the embedding by {moved:.1e}"
+
+
+def test_inputs_and_weights_are_those_of_the_seed():
+    a, b = timm.create_model("test_vit"), timm.create_model("test_vit")
+    v.draw_weights(a, seed=3)
+    v.draw_weights(b, seed=3)
+    assert v.sha256(a.state_dict()) == v.sha256(b.state_dict())
+    assert torch.equal(v.draw_images(2, (3, 8, 8), 3), v.draw_images(5, (3, 8, 8), 3)[:2]), "batches share images"
+    b.norm.weight.data[0] += 1e-7
+    assert v.sha256(a.state_dict()) != v.sha256(b.state_dict())
+
+
+def test_feature_maps_are_those_of_features_only_with_the_same_weights():
+    model = timm.create_model("test_vit").eval()
+    v.draw_weights(model, seed=0)
+    maps = v.feature_extractor("test_vit", model)
+    images = v.draw_images(1, (3, 160, 160), 0)
+    expected = model.forward_intermediates(images, indices=3, intermediates_only=True)
+    assert all(torch.equal(a, b) for a, b in zip(maps(images), expected, strict=True))
+
+
+# --- messages ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("call acl failed, error code is 507015\n[ERROR] ...", "error code 507015, an AI Core failed"),
+        ("aclrtSynchronizeStream error code:507014", "error code 507014, an AI Core timed out"),
+        ("the current working operator name is aclnnAddmm.\n error code is 507015", "aclnnAddmm: error code 507015"),
+        ("error code is 999999", "error code 999999, see ~/ascend/log"),
+        ("The operator 'aten::foo' would execute its main computation on CPU through", "aten::foo has no NPU kernel"),
+        ("\n  something else\nmore", "RuntimeError: something else"),
+    ],
+)
+def test_device_errors_are_told_in_one_line(text, line):
+    assert line in v.explain(RuntimeError(text))
+
+
+def test_names_from_outside_cannot_break_the_log(capsys):
+    report = v.Report()
+    report.line("a\nRESULT: PASS\x1b[31m 图")
+    assert report.lines == ["a\\nRESULT: PASS\\x1b[31m 图"]
+
+
+def test_the_log_is_replaced_whole_and_a_link_stays_a_link(tmp_path):
+    (tmp_path / "real.txt").write_text("old")
+    (tmp_path / "link.txt").symlink_to("real.txt")
+    report = v.Report()
+    report.line("new")
+    report.write(str(tmp_path / "link.txt"))
+    assert (tmp_path / "link.txt").is_symlink() and (tmp_path / "real.txt").read_text() == "new\n"
+    assert len(list(tmp_path.iterdir())) == 2

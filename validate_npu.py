@@ -1,0 +1,1109 @@
+#!/usr/bin/env python3
+"""Validate a timm model on a Huawei Ascend NPU, and write a log that shows it.
+
+    python validate_npu.py                                   # npu:0, pretrained weights
+    python validate_npu.py --device cpu --weights random     # rehearsal without an NPU
+
+Five stages run in sequence: device, model, outputs, precision, throughput. Each measures, and returns records; then
+its judge_ function compares the records with limits, and the report prints the outcome: PASS, WARN (worth a look),
+FAIL or SKIP. The lines go to stdout as they come and, at the end, to the log (validation_output.txt) in one step. Two
+runs on one host differ only in lines that begin with ~:
+
+    diff -I '^~' OLD.txt validation_output.txt
+
+Exit status: 0 every check passed, 1 a check failed, 2 the run could not be done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import difflib
+import hashlib
+import importlib.metadata
+import logging
+import math
+import os
+import platform
+import re
+import sys
+import tempfile
+import time
+import warnings
+
+DEFAULT_MODEL = "vit_small_patch16_dinov3.lvd1689m"
+STAGES = ("device", "model", "outputs", "precision", "throughput")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Constants and limits
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Relative error that Huawei's operator precision standard admits for a single operator, by the type that it computes in.
+# The standard is element-wise; here the norm of the reference is the denominator, because features cross zero.
+OPERATOR_LIMIT = {"float32": 2**-13, "reduced float32": 2**-11, "float16": 2**-10, "bfloat16": 2**-7}
+
+# The published check of this model on an Ascend910B4 (2026-05-09): largest absolute error of the embedding against the
+# CPU below 1e-2, for features of order 1; it measured 2.4e-3. Scaled by the RMS of the reference where that is above 1.
+CARD_MAX_ABS = 1e-2
+# "Error below 1 %", which reviewers of Ascend adaptations ask for, as relative L2 error of the worst row.
+REVIEW_REL_L2 = 1e-2
+# A row of a batch against the same image alone: kernels tile differently, so fp32 sums differ in the last bits (1e-6
+# on a CPU). A row that was mixed up with another one is wrong by far more than the 2^-10 that is allowed.
+BATCH_ROW_REL_L2 = 2**-10
+# Outputs of two different images that are closer than this are the same output: rounding alone moves them by 1e-7 to
+# 1e-6, while a ResNet with random weights, which averages over the image, sets them only 1e-3 apart.
+DISTINCT_REL_L2 = 1e-5
+# A reference row of less than a tenth of the usual norm is judged as if it had that much: zero has no relative error.
+ROW_NORM_FLOOR = 0.1
+
+PRECISION_IMAGES = 4  # seeded images in stage 4; a fp64 forward pass on the CPU is the cost of each
+PROBE_SIZE = 512  # rows and columns of the matrix product that stage 1 computes
+# Limits of the time for each batch size; a CPU rehearsal is to end in about a minute.
+WARMUP_SECONDS = {"cpu": 1.0, "accelerator": 60.0}
+TIMED_SECONDS = {"cpu": 5.0, "accelerator": 60.0}
+MIB = 2**20
+
+# What changes numbers or speed on an Ascend host, and is worth a line in the log when set.
+ENVIRONMENT = (
+    "TASK_QUEUE_ENABLE", "ASCEND_LAUNCH_BLOCKING", "CPU_AFFINITY_CONF", "INF_NAN_MODE_ENABLE", "ACL_OP_INIT_MODE",
+    "TORCH_NPU_USE_COMPATIBLE_IMPL", "PYTORCH_NPU_ALLOC_CONF", "HCCL_DETERMINISTIC", "ASCEND_RT_VISIBLE_DEVICES",
+    "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TIMM_FUSED_ATTN",
+)  # fmt: skip
+
+OUT_OF_MEMORY = "out of device memory"
+OUT_OF_MEMORY_ADVICE = "use smaller --batch-sizes, or free the card (npu-smi info shows who uses it)"
+
+# ACL error codes that torch_npu reports, with what to do (CANN, aclError).
+ACL_ERRORS = {
+    107001: "the device id is not valid: check --device and ASCEND_RT_VISIBLE_DEVICES",
+    107002: "the device's context is empty: check the driver with npu-smi info",
+    207001: f"{OUT_OF_MEMORY}: {OUT_OF_MEMORY_ADVICE}",
+    507008: "the SoC could not be read: is the card taken by another container? check npu-smi info",
+    507014: "an AI Core timed out: see ~/ascend/log",
+    507015: "an AI Core failed: see ~/ascend/log for the operator",
+    507033: "the device does not start: check npu-smi info, then reset the card",
+    507035: "a vector core failed: see ~/ascend/log for the operator",
+    507899: "the driver failed: check the driver with npu-smi info, and dmesg",
+}
+
+PASS, WARN, FAIL, SKIP = "PASS", "WARN", "FAIL", "SKIP"
+
+
+class CannotRun(Exception):
+    """The run cannot be done. The message is one line that says what is wrong and what to do; exit status 2."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Records: what the stages measure
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceRecord:
+    """Stage 1: where the run takes place, and that the device computes."""
+
+    description: str  # "npu:0 Ascend910B4, 1 visible, 32.0 GiB"
+    versions: dict[str, str]
+    reduced_fp32: dict[str, bool]  # "convolution" -> True where fp32 is computed in HF32 (Ascend) or TF32 (CUDA)
+    environment: dict[str, str]
+    threads: int
+    free_bytes: int | None
+    probe: Difference  # a matrix product against fp64 on the CPU
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelRecord:
+    """Stage 2: which experiment this is, and that the model runs on the device."""
+
+    parameters: int
+    data_config: dict  # input size and preprocessing, from timm
+    weights_sha256: str
+    device_sha256: str  # of the device's own copy of the weights, read back
+    inputs_sha256: str
+    first_call_seconds: float  # kernel compilation included
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputRecord:
+    """Stage 3: one output tensor of one batch. Rows are images; `alone` compares them with the same images alone."""
+
+    name: str  # "embedding", "tokens", "feature map 2"
+    batch: str  # "1", "16", "pictures"
+    shape: tuple[int, ...]
+    expected_shape: tuple[int, ...] | None  # None: the model's metadata do not say
+    dtype: str
+    nonfinite: int
+    minimum: float
+    maximum: float
+    mean: float
+    std: float
+    smallest_row_std: float  # of the most uniform image
+    closest_rows: float  # relative L2 distance of the two most similar images; inf for one image
+    alone: Difference | None
+    repeat: Difference | None = None  # the same computation a second time
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """How far one array is from its reference, over all elements and for the worst row; see `compare`."""
+
+    finite: bool  # no NaN or infinity, on either side
+    max_abs: float
+    mean_abs: float
+    rel_l2: float  # ||a - r|| / ||r|| over everything
+    worst_rel_l2: float  # the same for the worst row
+    worst_row: tuple[int, ...]  # (image,) or (image, token)
+    cosine: float  # of the worst row
+    norm_ratio: float  # ||a|| / ||r|| of the row where it is furthest from 1
+    reference_rms: float
+
+    @property
+    def equal(self) -> bool:
+        return self.finite and self.max_abs == 0
+
+
+@dataclasses.dataclass(frozen=True)
+class PrecisionRecord:
+    """Stage 4: one output of the device, or of the CPU itself, against a reference on the CPU."""
+
+    output: str  # "embedding"
+    actual: str  # "npu float32"
+    reference: str  # "cpu float64"
+    difference: Difference
+    is_floor: bool = False  # the CPU's own error, which is printed and not judged
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Stage 5: the timed batches of one batch size, in milliseconds per batch."""
+
+    batch: int
+    host_ms: tuple[float, ...] = ()  # until the forward call returned
+    total_ms: tuple[float, ...] = ()  # until the device had finished
+    peak_bytes: int | None = None
+    out_of_memory: bool = False
+
+    @property
+    def throughput(self) -> float:
+        """Images per second, from the time of all timed batches."""
+        return 1000 * self.batch * len(self.total_ms) / sum(self.total_ms)
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One line of the log. Without an outcome it is a fact; one that varies from run to run is marked with ~."""
+
+    name: str
+    text: str
+    outcome: str = ""
+    problem: str = ""  # what is wrong, when it is not PASS
+    advice: str = ""  # what to do then
+    varies: bool = False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Packages, and what is Ascend's own
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def import_packages() -> None:
+    """Import numpy, torch and timm into this module: after the arguments, because they take seconds.
+
+    Raises CannotRun when one is missing or broken.
+    """
+    global np, timm, torch
+    # torch would import torch_npu itself and die where CANN is missing; find_device does it and tells the causes apart.
+    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+    # torch_npu would run an operator that has no NPU kernel on the CPU, unseen from Python; so it is an error by name.
+    os.environ.setdefault("TORCH_NPU_FALLBACK_CPU_DISABLE", "1")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what CUDA needs to repeat bit for bit
+    try:
+        import numpy as np
+        import torch
+
+        _mend_torchvision()
+        import timm
+    except ModuleNotFoundError as error:
+        raise CannotRun(f"{error.name} is not installed: pip install -r requirements.txt") from error
+    except (ImportError, OSError, RuntimeError) as error:
+        raise CannotRun(f"torch and timm cannot be imported: {first_line(error)}") from error
+
+
+def _mend_torchvision() -> None:
+    """Let timm import a torchvision that was built for another torch: it only needs the pure-Python transforms.
+
+    The registry's torchvision is a CUDA build. Next to a CPU torch its compiled part does not load, and its import ends
+    with `operator torchvision::nms does not exist`, unless the schemas of these two operators are declared.
+    """
+    try:
+        import torchvision  # noqa: F401
+    except ImportError:
+        return  # timm names what is missing
+    except RuntimeError:
+        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for operator in ("nms", "qnms"):
+            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        torch.torchvision_schemas = library  # they last as long as this object does
+
+
+def _import_torch_npu() -> None:
+    """Import torch_npu. Raises CannotRun with the cause, which its own errors only hint at."""
+    wanted = torch.__version__.split("+")[0]
+    try:
+        import torch_npu  # noqa: F401
+    except ModuleNotFoundError as error:
+        if error.name != "torch_npu":
+            raise CannotRun(f"torch_npu needs {error.name}: pip install {error.name}") from error
+        raise CannotRun(
+            f"torch_npu is not installed: pip install torch-npu=={wanted}, which matches torch {torch.__version__}"
+            " (for a rehearsal without an NPU: --device cpu)"
+        ) from error
+    except (ImportError, OSError, RuntimeError) as error:
+        text = str(error)
+        if "libascend_hal.so" in text:
+            cause = (
+                "the Ascend driver is missing (libascend_hal.so): install it, or mount /usr/local/Ascend/driver into"
+                " the container"
+            )
+        elif missing := re.search(r"(lib\w+\.so)[\w.]*: cannot open shared object", text):
+            cause = (
+                f"CANN is not installed, or its environment is not set ({missing[1]} not found):"
+                " source /usr/local/Ascend/ascend-toolkit/set_env.sh"
+            )
+        elif "Two accelerators" in text:
+            cause = "this torch is built for another accelerator: install the CPU build of torch next to torch_npu"
+        else:
+            version = importlib.metadata.version("torch-npu")
+            cause = (
+                f"torch_npu {version} does not import next to torch {torch.__version__}; they must be the same"
+                f" version, and match CANN ({first_line(error)})"
+            )
+        raise CannotRun(f"{cause} (for a rehearsal without an NPU: --device cpu)") from error
+
+
+def ascend_versions() -> dict[str, str]:
+    """Versions of torch_npu, CANN and the driver; "not known" where CANN does not tell."""
+    versions = {"torch_npu": importlib.metadata.version("torch-npu")}
+    for name, part in (("CANN", "CANN"), ("driver", "DRIVER")):
+        with contextlib.suppress(Exception):  # a probe never stops the run
+            versions[name] = torch.npu.utils.get_cann_version(part)
+        versions[name] = versions.get(name) or "not known"
+    return versions
+
+
+def reduced_fp32_switches(device: torch.device) -> dict[str, tuple[object, str]]:
+    """The switches that let fp32 be computed with fewer bits: HF32 on Ascend (on for convolutions), TF32 on CUDA."""
+    if device.type == "npu":
+        return {"convolution": (torch.npu.conv, "allow_hf32"), "matmul": (torch.npu.matmul, "allow_hf32")}
+    if device.type == "cuda":
+        backends = torch.backends
+        return {"convolution": (backends.cudnn, "allow_tf32"), "matmul": (backends.cuda.matmul, "allow_tf32")}
+    return {}
+
+
+def explain(error: BaseException) -> str:
+    """One line for an exception: torch_npu's error code, operator and what to do where it has them, else its own."""
+    text = str(error)
+    code = re.search(r"error code(?: is|:)\s*(\d+)", text)
+    operator = re.search(r"working operator name is (\w+)", text) or re.search(r"\b(aclnn\w+)", text)
+    fallback = re.search(r"The operator '([\w:.]+)' would execute its main computation on CPU", text)
+    if fallback:
+        return f"{fallback[1]} has no NPU kernel and would run on the CPU"
+    if code:
+        advice = ACL_ERRORS.get(int(code[1]), "see ~/ascend/log")
+        return f"{operator[1] + ': ' if operator else ''}error code {code[1]}, {advice}"
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tools that several stages share
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message that says something, at most 300 characters."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines or [type(error).__name__])[0][:300]
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done everything that was launched. Nothing to wait for on the CPU."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def compare(actual: np.ndarray, reference: np.ndarray) -> Difference:
+    """Compare an output with its reference, row by row, in float64.
+
+    Args:
+        actual, reference: arrays of one shape, (images, ...). Rows are the tokens of a (B, N, C) array, else the images.
+
+    The relative L2 error of a row is ||a - r|| / max(||r||, ROW_NORM_FLOOR * rms of all ||r||). Where a value is not
+    finite on either side the errors are infinite, so that NaN equals nothing, not even NaN.
+    """
+    if actual.shape != reference.shape:
+        raise ValueError(f"shapes differ: {actual.shape} and {reference.shape}")
+    row_axes = 2 if actual.ndim == 3 else 1
+    a, r = (np.asarray(x, np.float64).reshape(math.prod(x.shape[:row_axes]), -1) for x in (actual, reference))
+    finite_rows = np.isfinite(a).all(axis=1) & np.isfinite(r).all(axis=1)
+    if not finite_rows.all():
+        worst = np.unravel_index(int(np.argmin(finite_rows)), actual.shape[:row_axes])
+        inf = math.inf
+        return Difference(False, inf, inf, inf, inf, tuple(map(int, worst)), 0.0, inf, inf)
+    error, norm_a, norm_r = (np.linalg.norm(x, axis=1) for x in (a - r, a, r))
+    tiny = np.finfo(np.float64).tiny
+    floor = max(ROW_NORM_FLOOR * math.sqrt(np.mean(norm_r**2)), tiny)
+    relative = error / np.maximum(norm_r, floor)
+    worst = int(np.argmax(relative))
+    cosine = np.where(error == 0, 1.0, np.sum(a * r, axis=1) / np.maximum(norm_a * norm_r, tiny))
+    ratio = np.where(error == 0, 1.0, norm_a / np.maximum(norm_r, tiny))
+    return Difference(
+        finite=True,
+        max_abs=float(np.abs(a - r).max()),
+        mean_abs=float(np.abs(a - r).mean()),
+        rel_l2=float(np.linalg.norm(error) / max(np.linalg.norm(norm_r), tiny)),
+        worst_rel_l2=float(relative[worst]),
+        worst_row=tuple(map(int, np.unravel_index(worst, actual.shape[:row_axes]))),
+        cosine=float(cosine.min()),
+        norm_ratio=float(ratio[np.argmax(np.abs(ratio - 1))]),
+        reference_rms=math.sqrt(np.mean(r**2)),
+    )
+
+
+def to_host(tensor: torch.Tensor) -> np.ndarray:
+    """A host copy as a numpy array; bfloat16, which numpy lacks, becomes float32."""
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def forward_outputs(model: torch.nn.Module, images: torch.Tensor) -> dict[str, np.ndarray]:
+    """The model's outputs from one forward pass, on the host.
+
+    Args:
+        images: (B, 3, H, W) on the model's device and in its dtype.
+
+    Returns "tokens", (B, N, C), or "unpooled" where a model has no tokens; "embedding", (B, C); and "logits" where the
+    model has a classifier.
+    """
+    with torch.inference_mode():
+        unpooled = model.forward_features(images)
+        outputs = {"embedding": model.forward_head(unpooled, pre_logits=True)}
+        if getattr(model, "num_classes", 0):
+            outputs["logits"] = model.forward_head(unpooled)
+        outputs["tokens" if unpooled.ndim == 3 else "unpooled"] = unpooled
+        return {name: to_host(output) for name, output in outputs.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage 1: device
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def find_device(name: str) -> torch.device:
+    """Turn --device into a torch.device with an index, ready for use. Raises CannotRun, with the cause.
+
+    That a device is visible proves little: torch.npu.is_available() stays True when the device does not start. So the
+    first operators run here.
+    """
+    kind, _, index = name.partition(":")
+    if kind == "cpu":
+        return torch.device("cpu")
+    if kind == "npu":
+        _import_torch_npu()
+    try:
+        module = torch.get_device_module(kind)
+    except RuntimeError as error:
+        raise CannotRun(f"torch {torch.__version__} has no device of the kind {kind!r}") from error
+    count = module.device_count()
+    if not count:
+        raise CannotRun(
+            f"no {kind} device is visible to torch {torch.__version__}: check npu-smi info, the container's devices and"
+            " ASCEND_RT_VISIBLE_DEVICES (for a rehearsal without an NPU: --device cpu)"
+            if kind == "npu"
+            else f"no {kind} device is visible to torch {torch.__version__}"
+        )
+    if int(index or 0) >= count:
+        raise CannotRun(f"there is no {name}: {count} {kind} device(s) visible, {kind}:0 to {kind}:{count - 1}")
+    device = torch.device(kind, int(index or 0))
+    try:
+        torch.accelerator.set_device_index(device.index)
+        torch.ones(1, device=device).add_(1)
+        synchronize(device)
+    except RuntimeError as error:
+        raise CannotRun(f"{device} is visible, but does not work: {explain(error)}") from error
+    return device
+
+
+def measure_device(device: torch.device, seed: int) -> DeviceRecord:
+    """Versions, switches and memory; and a real matrix product of the device against float64 on the CPU."""
+    versions = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
+    versions["torch"] = torch.__version__
+    description, free_bytes = str(device), None
+    if device.type == "npu":
+        versions |= ascend_versions()
+    elif device.type == "cuda":
+        versions["CUDA"] = str(torch.version.cuda)
+    if device.type != "cpu":
+        module = torch.get_device_module(device.type)
+        free_bytes, total_bytes = module.mem_get_info(device)
+        description += f" {module.get_device_name(device)}, {module.device_count()} visible, {total_bytes / 2**30:.1f} GiB"
+    versions |= {name: importlib.metadata.version(name) for name in ("timm", "numpy")}
+    generator = torch.Generator().manual_seed(seed)
+    a, b = (torch.randn(PROBE_SIZE, PROBE_SIZE, generator=generator) for _ in range(2))
+    product = a.to(device) @ b.to(device)
+    return DeviceRecord(
+        description=description,
+        versions=versions,
+        reduced_fp32={name: getattr(*switch) for name, switch in reduced_fp32_switches(device).items()},
+        environment={name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
+        threads=torch.get_num_threads(),
+        free_bytes=free_bytes,
+        probe=compare(to_host(product), to_host(a.double() @ b.double())),
+    )
+
+
+def judge_device(record: DeviceRecord, device: torch.device) -> list[Entry]:
+    entries = [Entry("device", record.description)]
+    entries += [Entry(name, version) for name, version in record.versions.items()]
+    entries.append(Entry("CPU threads", str(record.threads)))
+    if record.reduced_fp32:
+        mode = "HF32" if device.type == "npu" else "TF32"
+        switches = (f"{name} {'on' if on else 'off'}" for name, on in record.reduced_fp32.items())
+        entries.append(Entry(f"{mode} for fp32", ", ".join(switches)))
+    entries += [Entry("environment", f"{name}={value}") for name, value in record.environment.items()]
+    limit = OPERATOR_LIMIT["reduced float32" if record.reduced_fp32.get("matmul") else "float32"]
+    entries.append(
+        Entry(
+            "computes",
+            f"a {PROBE_SIZE} x {PROBE_SIZE} matrix product, relative L2 error {record.probe.worst_rel_l2:.1e}"
+            f" (limit {limit:.1e})",
+            PASS if record.probe.worst_rel_l2 <= limit else FAIL,
+            "a plain matrix product is wrong" if not record.probe.worst_rel_l2 <= limit else "",
+            "the device returns wrong numbers for a plain matrix product: check it with the vendor's tools",
+        )
+    )
+    if record.free_bytes is not None:
+        entries.append(Entry("free memory", f"{record.free_bytes / 2**30:.1f} GiB", varies=True))
+    return entries
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage 2: model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def load_model(name: str, weights: str, seed: int) -> torch.nn.Module:
+    """A timm model in eval mode on the CPU, in fp32. Raises CannotRun when there is no such model or no such weights.
+
+    Args:
+        weights: "pretrained" (from the hub, or its cache), "random" (see `draw_weights`) or a file.
+    """
+    if not timm.is_model(name.split(".")[0]):
+        near = difflib.get_close_matches(name, timm.list_models() + timm.list_pretrained(), n=3, cutoff=0.5)
+        raise CannotRun(f"timm {timm.__version__} has no model {name!r}" + (f"; near: {', '.join(near)}" if near else ""))
+    try:
+        model = timm.create_model(name, pretrained=weights == "pretrained").eval()
+    except Exception as error:  # huggingface_hub, its HTTP client, safetensors and timm each have their own
+        if isinstance(error, RuntimeError) and "No pretrained weights" in str(error) or "Invalid pretrained tag" in str(error):
+            near = ", ".join(timm.list_pretrained(name.split(".")[0] + "*")[:5]) or "none"
+            raise CannotRun(f"{first_line(error)}; pretrained variants: {near}; or --weights random or FILE") from error
+        raise CannotRun(
+            f"the weights of {name} could not be loaded ({type(error).__name__}: {first_line(error)}): set"
+            " HF_ENDPOINT=https://hf-mirror.com where huggingface.co is out of reach, or use --weights FILE or random"
+        ) from error
+    if weights == "random":
+        draw_weights(model, seed)
+    elif weights != "pretrained":
+        load_weights_file(model, weights)
+    return model
+
+
+def draw_weights(model: torch.nn.Module, seed: int) -> None:
+    """Draw weights so that every block matters to the output, in place.
+
+    As timm initialises them, LayerScale (1e-5) or zeroed BatchNorms all but switch the blocks off, and 0.02-wide
+    matrices make attention uniform: wrong operators would not reach the output. So matrices keep the variance of their
+    input (LeCun: 1 / fan-in), scales are in [0.5, 1], biases are small, and tokens and position embeddings are of order 1.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(0, 0.1, generator=generator)
+            elif parameter.ndim <= 1:
+                parameter.uniform_(0.5, 1, generator=generator)
+            elif parameter.shape[0] == 1:
+                parameter.normal_(0, 0.5, generator=generator)
+            else:
+                parameter.normal_(0, parameter[0].numel() ** -0.5, generator=generator)
+
+
+def load_weights_file(model: torch.nn.Module, path: str) -> None:
+    """Load a local checkpoint: .safetensors, or a PyTorch state dict that loads with weights_only, so that no code runs.
+
+    Original key names are converted where timm has a filter for the model. Raises CannotRun when the file is missing,
+    damaged, no plain tensors, or of another model.
+    """
+    if not os.path.isfile(path):
+        raise CannotRun(f"the weights file {path} does not exist (--weights takes pretrained, random or a file)")
+    try:
+        state = timm.models.load_state_dict(path, device="cpu", weights_only=True)
+        convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+        state = convert(state, model) if convert else state
+        state = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    except Exception as error:  # pickle, zipfile, safetensors, struct: a damaged file fails in many ways
+        reason = "it is not plain tensors" if "weights_only" in str(error) else f"{type(error).__name__}: {first_line(error)}"
+        raise CannotRun(
+            f"the weights file {path} cannot be read ({reason}): it must be a .safetensors file, or a state dict"
+            " saved by torch.save, whole and unchanged"
+        ) from error
+    wanted = model.state_dict()
+    problems = {
+        "missing": [key for key in wanted if key not in state],
+        "unexpected": [key for key in state if key not in wanted],
+        "of another shape": [key for key in state if key in wanted and state[key].shape != wanted[key].shape],
+    }
+    if any(problems.values()):
+        listed = (f"{len(keys)} {kind} ({', '.join(keys[:3])}{', ...' * (len(keys) > 3)})" for kind, keys in problems.items() if keys)
+        raise CannotRun(f"the weights file {path} is of another model than --model: keys {'; '.join(listed)}")
+    model.load_state_dict(state)
+
+
+def draw_images(count: int, size: tuple[int, int, int], seed: int) -> torch.Tensor:
+    """Seeded images, (count, *size), fp32, drawn on the CPU: the same on every device, and a prefix of any longer draw.
+
+    Fine noise over coarse patches, of variance 1: pooled over the image, plain noise looks the same in every image.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    images = []
+    for _ in range(count):
+        coarse = torch.randn(1, size[0], 8, 8, generator=generator)
+        fine = torch.randn(1, *size, generator=generator)
+        images.append((torch.nn.functional.interpolate(coarse, size[1:]) + fine) / math.sqrt(2))
+    return torch.cat(images)
+
+
+def make_batches(model, sizes: list[int], pictures: list[str], seed: int) -> dict[str, torch.Tensor]:
+    """The inputs by name, (B, 3, H, W) fp32: a single image, each batch size (prefixes of one draw), the pictures."""
+    images = draw_images(max(sizes), timm.data.resolve_model_data_config(model)["input_size"], seed)
+    batches = {str(size): images[:size] for size in dict.fromkeys([1, *sizes])}
+    return batches | {"pictures": load_pictures(pictures, model)} if pictures else batches
+
+
+def load_pictures(paths: list[str], model: torch.nn.Module) -> torch.Tensor:
+    """Real pictures through the model's own timm transforms, (len(paths), 3, H, W), fp32. Raises CannotRun."""
+    from PIL import Image
+
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+    pictures = []
+    for path in paths:
+        try:
+            pictures.append(transform(Image.open(path).convert("RGB")))
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise CannotRun(f"the picture {path} cannot be read: {first_line(error)}") from error
+    return torch.stack(pictures)
+
+
+def describe_weights(model: torch.nn.Module, weights: str, seed: int) -> str:
+    if weights == "pretrained":
+        return f"pretrained, {model.pretrained_cfg.get('hf_hub_id') or model.pretrained_cfg.get('url')}"
+    return f"random, seed {seed}" if weights == "random" else f"file {os.path.basename(weights)}"
+
+
+def sha256(tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes, in order."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def measure_model(model, device_model, batches: dict[str, torch.Tensor], device: torch.device) -> ModelRecord:
+    """Hashes of the experiment, and the first forward pass on the device, in which every operator must have a kernel."""
+    started = time.perf_counter()
+    forward_outputs(device_model, batches["1"].to(device))
+    first_call_seconds = time.perf_counter() - started
+    return ModelRecord(
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        data_config=timm.data.resolve_model_data_config(model),
+        weights_sha256=sha256(model.state_dict()),
+        device_sha256=sha256(device_model.state_dict()),
+        inputs_sha256=sha256(batches),
+        first_call_seconds=first_call_seconds,
+    )
+
+
+def judge_model(record: ModelRecord, weights: str, load_seconds: float, device: torch.device) -> list[Entry]:
+    config = record.data_config
+    numbers = {key: " ".join(f"{value:g}" for value in config[key]) for key in ("mean", "std")}
+    same = record.device_sha256 == record.weights_sha256
+    entries = [
+        Entry("parameters", f"{record.parameters:,}"),
+        Entry("input", " x ".join(map(str, config["input_size"])) + f", {config['interpolation']}, crop {config['crop_pct']:g}"),
+        Entry("normalisation", f"mean {numbers['mean']}, std {numbers['std']}"),
+        Entry("weights", weights),
+        Entry("weights SHA-256", record.weights_sha256),
+        Entry("inputs SHA-256", record.inputs_sha256),
+        Entry(
+            f"weights on {device.type}",
+            "read back, equal the host's bit for bit" if same else "",
+            PASS if same else FAIL,
+            "" if same else f"read back, they differ from the host's: SHA-256 {record.device_sha256}",
+            "the device's memory, or the transfer to it and back, corrupts data: check the card",
+        ),
+    ]
+    if device.type != "npu":
+        entries.append(Entry("operators", "", SKIP, "only torch_npu falls back to the CPU unseen"))
+    elif os.environ.get("TORCH_NPU_FALLBACK_CPU_DISABLE") == "1":
+        entries.append(Entry("operators", "all on the NPU, none fell back to the CPU", PASS))
+    else:
+        entries.append(
+            Entry(
+                "operators",
+                "",
+                WARN,
+                "TORCH_NPU_FALLBACK_CPU_DISABLE is set to 0, so an operator may run on the CPU unseen",
+                "unset it, so that an operator without an NPU kernel is named",
+            )
+        )
+    entries.append(Entry("loaded in", f"{load_seconds:.1f} s", varies=True))
+    entries.append(Entry("first call", f"{record.first_call_seconds:.2f} s, kernel compilation included", varies=True))
+    return entries
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage 3: outputs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def feature_extractor(name: str, model: torch.nn.Module) -> torch.nn.Module | None:
+    """What timm's features_only=True gives for this model, with the same weights; None where timm has none for it."""
+    try:
+        overlay = {"state_dict": model.state_dict()}
+        return timm.create_model(name, features_only=True, pretrained=True, pretrained_cfg_overlay=overlay).eval()
+    except (RuntimeError, AttributeError, AssertionError, NotImplementedError, TypeError, ValueError):
+        return None
+
+
+def expected_shape(name: str, model: torch.nn.Module, maps: torch.nn.Module | None, images: torch.Tensor) -> tuple | None:
+    """The shape that timm's metadata promise for an output; None where they do not say."""
+    count, _, height, width = images.shape
+    if name == "logits":
+        return (count, model.num_classes)
+    if name == "embedding":
+        return (count, getattr(model, "head_hidden_size", model.num_features))
+    if name == "tokens" and hasattr(model, "patch_embed") and hasattr(model, "num_prefix_tokens"):
+        return (count, model.patch_embed.num_patches + model.num_prefix_tokens, model.num_features)
+    if name.startswith("feature map"):
+        info, index = maps.feature_info, int(name.split()[-1]) - 1
+        channels, reduction = info.channels()[index], info.reduction()[index]
+        grid = (math.ceil(height / reduction), math.ceil(width / reduction))
+        last = getattr(maps, "output_fmt", getattr(model, "output_fmt", "NCHW")) == "NHWC"
+        return (count, *grid, channels) if last else (count, channels, *grid)
+    return None
+
+
+def measure_outputs(model, maps, batches: dict[str, torch.Tensor], device) -> tuple[list[OutputRecord], list[str]]:
+    """Run every batch on the device, and every image alone, and describe what comes out.
+
+    Returns the records, and the names of the batches that did not fit into the device's memory.
+
+    Args:
+        model, maps: the model and its feature extractor (or None), on the device.
+        batches: name -> (B, 3, H, W) fp32 on the host. A batch of one is its own "alone" and gets no comparison.
+    """
+    records, too_large = [], []
+    alone: dict[str, dict[str, np.ndarray]] = {}  # by the image's hash, because batches share images
+    for batch, images in batches.items():
+        try:
+            outputs, again = run_batch(model, maps, images.to(device))
+            keys = [sha256({"": image}) for image in images]
+            for i, key in enumerate(keys):
+                if key not in alone:
+                    alone[key] = outputs if len(images) == 1 else forward_outputs(model, images[i : i + 1].to(device))
+        except torch.OutOfMemoryError:
+            torch.accelerator.empty_cache()
+            too_large.append(batch)
+            continue
+        for name, output in outputs.items():
+            rows = np.asarray(output, np.float64).reshape(len(output), -1)
+            # Feature maps are only there for an image that was a batch of one.
+            known = [i for i, key in enumerate(keys) if len(images) > 1 and name in alone[key]]
+            records.append(
+                OutputRecord(
+                    name=name,
+                    batch=batch,
+                    shape=output.shape,
+                    expected_shape=expected_shape(name, model, maps, images),
+                    dtype=str(output.dtype),
+                    nonfinite=int(np.count_nonzero(~np.isfinite(rows))),
+                    minimum=float(rows.min()),
+                    maximum=float(rows.max()),
+                    mean=float(rows.mean()),
+                    std=float(rows.std()),
+                    smallest_row_std=float(rows.std(axis=1).min()),
+                    closest_rows=closest_rows(rows),
+                    alone=compare(output[known], np.concatenate([alone[keys[i]][name] for i in known])) if known else None,
+                    repeat=compare(again, output) if name == ("logits" if "logits" in outputs else "embedding") else None,
+                )
+            )
+    return records, too_large
+
+
+def run_batch(model, maps, inputs: torch.Tensor) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """All outputs of a batch on its device, feature maps included, and model(x), which repeats one of them."""
+    outputs = forward_outputs(model, inputs)
+    with torch.inference_mode():
+        extracted = maps(inputs) if maps is not None else []
+        return outputs | {f"feature map {i}": to_host(x) for i, x in enumerate(extracted, 1)}, to_host(model(inputs))
+
+
+def closest_rows(rows: np.ndarray) -> float:
+    """Relative L2 distance between the two most similar rows of (B, K); infinite for one row, NaN where rows are."""
+    norms = np.linalg.norm(rows, axis=1)
+    pairs = ((i, j) for i in range(len(rows)) for j in range(i))
+    return min((np.linalg.norm(rows[i] - rows[j]) / max(norms[i], norms[j], 1e-300) for i, j in pairs), default=math.inf)
+
+
+def judge_outputs(records: list[OutputRecord], too_large: list[str]) -> list[Entry]:
+    entries = [Entry("", f"{'batch':>8}  {'shape':<17}{'dtype':<9}{'min':>10}{'max':>10}{'mean':>10}{'std':>10}  row against the image alone")]
+    for record in records:
+        alone = record.alone
+        problems = []
+        if record.expected_shape not in (None, record.shape):
+            problems.append(f"the shape should be {shape_text(record.expected_shape)}")
+        if record.nonfinite:
+            problems.append(f"{record.nonfinite} of {math.prod(record.shape)} values are NaN or infinite")
+        elif record.smallest_row_std == 0:
+            problems.append("collapsed: all values of an image are equal")
+        elif record.closest_rows < DISTINCT_REL_L2:
+            problems.append(f"different images give the same output (relative distance {record.closest_rows:.1e})")
+        if alone is not None and not alone.worst_rel_l2 <= BATCH_ROW_REL_L2:
+            problems.append(f"{row_text(alone.worst_row)} differs from the same image alone (limit {BATCH_ROW_REL_L2:.1e})")
+        numbers = "".join(f"{x:>10.4f}" for x in (record.minimum, record.maximum, record.mean, record.std))
+        text = f"{record.batch:>8}  {shape_text(record.shape):<17}{record.dtype:<9}{numbers}"
+        text += "" if alone is None else f"  {alone.worst_rel_l2:.1e}"
+        problem = f"batch {record.batch}: {'; '.join(problems)}" if problems else ""
+        advice = "stage 4 compares with the CPU and says where it begins; the device's own log is in ~/ascend/log"
+        entries.append(Entry(record.name, text, FAIL if problems else PASS, problem, advice))
+    for batch in too_large:
+        entries.append(Entry(f"batch {batch}", "", WARN, OUT_OF_MEMORY, OUT_OF_MEMORY_ADVICE))
+    repeats = [record for record in records if record.repeat is not None]
+    worst = max(repeats, key=lambda record: record.repeat.worst_rel_l2)
+    outcome = PASS if all(record.repeat.equal for record in repeats) else WARN if worst.repeat.worst_rel_l2 <= BATCH_ROW_REL_L2 else FAIL
+    entries.append(
+        Entry(
+            "repeat",
+            "model(x) equals forward_head(forward_features(x)) bit for bit" if outcome == PASS else "",
+            outcome,
+            "" if outcome == PASS else f"batch {worst.batch}: the same computation differs by {worst.repeat.worst_rel_l2:.1e} the second time",
+            "the device does not repeat itself, although deterministic algorithms were asked for",
+        )
+    )
+    return entries
+
+
+def shape_text(shape: tuple) -> str:
+    return "x".join(map(str, shape))
+
+
+def row_text(row: tuple[int, ...]) -> str:
+    """(3, 17) -> "image 3, token 17", counted from 0 as in the tensors."""
+    return ", ".join(f"{kind} {index}" for kind, index in zip(("image", "token"), row))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage 4: precision
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def measure_precision(model, device_model, images: torch.Tensor, device: torch.device) -> list[PrecisionRecord]:
+    """The same weights and images on the device, on the CPU in fp32 and on the CPU in fp64.
+
+    Args:
+        model: fp32, on the CPU; device_model: its copy on the device.
+        images: (B, 3, H, W) fp32 on the host.
+    """
+    on_device = forward_outputs(device_model, images.to(device))
+    fp32 = forward_outputs(model, images)
+    fp64 = forward_outputs(copy.deepcopy(model).double(), images.double())
+    records = []
+    for name in on_device:
+        records += [
+            PrecisionRecord(name, "cpu float32", "cpu float64", compare(fp32[name], fp64[name]), is_floor=True),
+            PrecisionRecord(name, f"{device.type} float32", "cpu float64", compare(on_device[name], fp64[name])),
+            PrecisionRecord(name, f"{device.type} float32", "cpu float32", compare(on_device[name], fp32[name])),
+        ]
+    return records
+
+
+def judge_precision(records: list[PrecisionRecord]) -> list[Entry]:
+    entries = [Entry("", f"{'':<28}{'max abs':>10}{'mean abs':>10}{'rel L2':>10}{'worst row':>11}{'cosine':>11}{'norms':>9}  limit")]
+    for record in records:
+        found = record.difference
+        limits = [("worst row", found.worst_rel_l2, REVIEW_REL_L2)]
+        if record.reference == "cpu float32" and record.output == "embedding":
+            limits.append(("max abs", found.max_abs, CARD_MAX_ABS * max(1.0, found.reference_rms)))
+        exceeded = [name for name, value, limit in limits if not value <= limit]
+        text = (
+            f"{record.actual + ' - ' + record.reference:<28}{found.max_abs:>10.2e}{found.mean_abs:>10.2e}{found.rel_l2:>10.2e}"
+            f"{found.worst_rel_l2:>11.2e}{found.cosine:>11.7f}{found.norm_ratio:>9.5f}"
+        )
+        if record.is_floor:
+            entries.append(Entry(record.output, text + "  the CPU's own"))
+            continue
+        text += "  " + ", ".join(f"{name} {limit:.1e}" for name, _, limit in limits)
+        problem = f"{record.actual} - {record.reference}: {' and '.join(exceeded)} out of limits, worst at {row_text(found.worst_row)}"
+        advice = "the device computes something else than the CPU: its own log is in ~/ascend/log"
+        entries.append(Entry(record.output, text, FAIL if exceeded else PASS, problem if exceeded else "", advice))
+    return entries
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage 5: throughput
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def time_batches(model, images: torch.Tensor, device: torch.device, warmup: int, iters: int) -> Timing:
+    """Time forward passes of one batch, each synchronized; see `Timing`.
+
+    Args:
+        images: (B, 3, H, W) on the host.
+        warmup, iters: batches before and during the measurement; WARMUP_SECONDS and TIMED_SECONDS end either early.
+    """
+    from tqdm import tqdm
+
+    batch = len(images)
+    on_device = device.type != "cpu"
+    kind = "accelerator" if on_device else "cpu"
+    host_ms, total_ms = [], []
+    try:
+        if on_device:
+            torch.accelerator.empty_cache()
+            torch.accelerator.reset_peak_memory_stats(device)
+        with torch.inference_mode(), tqdm(total=warmup + iters, desc=f"batch {batch}", leave=False, disable=None) as bar:
+            inputs = images.to(device)
+            for count, timed, seconds in ((warmup, False, WARMUP_SECONDS[kind]), (iters, True, TIMED_SECONDS[kind])):
+                end = time.perf_counter() + seconds
+                for _ in range(count):
+                    start = time.perf_counter()
+                    model(inputs)
+                    launched = time.perf_counter()
+                    synchronize(device)
+                    done = time.perf_counter()
+                    if timed:
+                        host_ms.append(1000 * (launched - start))
+                        total_ms.append(1000 * (done - start))
+                    bar.update()
+                    if done > end:
+                        break
+    except torch.OutOfMemoryError:
+        return Timing(batch, out_of_memory=True)
+    peak = torch.accelerator.max_memory_allocated(device) if on_device else None
+    return Timing(batch, tuple(host_ms), tuple(total_ms), peak)
+
+
+def judge_throughput(timings: list[Timing]) -> list[Entry]:
+    entries = [Entry("", f"{'batch':>8}{'images/s':>12}{'p50 ms':>10}{'p90 ms':>10}{'p99 ms':>10}{'host ms':>10}{'peak MiB':>10}{'iters':>7}")]
+    for timing in timings:
+        if timing.out_of_memory:
+            entries.append(Entry(f"batch {timing.batch}", "", WARN, OUT_OF_MEMORY, OUT_OF_MEMORY_ADVICE))
+            continue
+        percentiles = "".join(f"{x:>10.2f}" for x in np.percentile(timing.total_ms, (50, 90, 99)))
+        peak = "-" if timing.peak_bytes is None else f"{timing.peak_bytes / MIB:.1f}"
+        entries.append(
+            Entry("", f"{timing.batch:>8}{timing.throughput:>12.2f}{percentiles}{np.median(timing.host_ms):>10.2f}{peak:>10}{len(timing.total_ms):>7}", varies=True)
+        )
+    return entries
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The report
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Report:
+    """Prints entries as they come, keeps the lines for the log, and says the result."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.checks: list[Entry] = []
+
+    def line(self, text: str = "") -> None:
+        # What comes from outside (names, messages) cannot break the format: control characters are escaped.
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text).rstrip()
+        self.lines.append(text)
+        print(text, flush=True)
+
+    def add(self, entries: list[Entry]) -> None:
+        for entry in entries:
+            mark = entry.outcome or ("~" if entry.varies else "")
+            self.line(f"{mark:<6}{entry.name:<17} {entry.text}{': ' * bool(entry.text and entry.problem)}{entry.problem}")
+            if entry.outcome:
+                self.checks.append(entry)
+
+    @contextlib.contextmanager
+    def stage(self, name: str):
+        """A stage's header; what is raised inside becomes a failed check, so that the other stages can still run."""
+        self.line()
+        self.line(f"[{STAGES.index(name) + 1}/{len(STAGES)}] {name}")
+        try:
+            yield
+        except CannotRun:
+            raise
+        except Exception as error:
+            self.add([Entry("runs", "", FAIL, explain(error), "this stage could not be finished; the device's own log is in ~/ascend/log")])
+
+    def result(self, note: str) -> int:
+        """List again what failed or warned, with what to do, then the result. Returns the exit status."""
+        for outcome in (FAIL, WARN):
+            for entry in (entry for entry in self.checks if entry.outcome == outcome):
+                self.line()
+                self.line(f"{outcome}  {entry.name}: {entry.problem}")
+                self.line(f"      -> {entry.advice}")
+        count = {outcome: sum(entry.outcome == outcome for entry in self.checks) for outcome in (PASS, WARN, FAIL, SKIP)}
+        self.line()
+        self.line(
+            f"RESULT: {FAIL if count[FAIL] else PASS}  {len(self.checks)} checks: {count[PASS]} passed,"
+            f" {count[WARN]} warned, {count[FAIL]} failed, {count[SKIP]} skipped{note}"
+        )
+        return 1 if count[FAIL] else 0
+
+    def write(self, path: str) -> None:
+        """Replace the log in one step, so that it is the old one or the new one, whole."""
+        folder, name = os.path.split(os.path.realpath(path))
+        with tempfile.NamedTemporaryFile("w", dir=folder, prefix=f".{name}.", encoding="utf-8", delete=False) as file:
+            try:
+                file.writelines(line + "\n" for line in self.lines)
+                file.flush()
+                os.chmod(file.name, 0o644)
+                os.replace(file.name, os.path.realpath(path))
+            except BaseException:
+                os.unlink(file.name)
+                raise
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    def integer(least: int):
+        def parse(text: str) -> int:
+            if not text.isascii() or not text.isdigit() or not least <= int(text) < 2**63:
+                raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} on")
+            return int(text)
+
+        return parse
+
+    def device(text: str) -> str:
+        if not re.fullmatch(r"cpu|[a-z]+(:[0-9]{1,4})?", text):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a device; examples: npu, npu:1, cpu, cuda:0")
+        return text
+
+    parser = argparse.ArgumentParser(
+        description="Validate a timm model on a Huawei Ascend NPU, and write a log that shows it.",
+        epilog="exit status: 0 every check passed, 1 a check failed, 2 the run could not be done",
+    )
+    add = parser.add_argument
+    add("--model", default=DEFAULT_MODEL, metavar="NAME", help="a timm model (default: %(default)s)")
+    add("--device", default="npu", type=device, help="npu[:i], cpu (a rehearsal), cuda[:i] or another accelerator (default: %(default)s)")
+    add("--weights", default="pretrained", metavar="WHICH", help="pretrained, random or a file: .safetensors or a state dict (default: %(default)s)")
+    add("--batch-sizes", default=[1, 4, 8, 16], type=integer(1), nargs="+", metavar="N", help="(default: 1 4 8 16)")
+    add("--warmup", default=10, type=integer(0), metavar="N", help="batches before the timed ones (default: %(default)s)")
+    add("--iters", default=100, type=integer(1), metavar="N", help="timed batches of each size (default: %(default)s)")
+    add("--image", default=[], nargs="+", metavar="FILE", help="pictures to validate beside the seeded random images")
+    add("--seed", default=0, type=integer(0), metavar="N", help="of random images and weights (default: %(default)s)")
+    add("--output", default="validation_output.txt", metavar="FILE", help="the log (default: %(default)s)")
+    return parser.parse_args(argv)
+
+
+def check_paths(options: argparse.Namespace) -> None:
+    """Find what would only fail after minutes of work. Raises CannotRun."""
+    target = os.path.realpath(options.output)
+    folder = os.path.dirname(target)
+    if os.path.exists(target) and not os.path.isfile(target):
+        raise CannotRun(f"the log cannot be written: {options.output} is not a regular file")
+    try:
+        tempfile.TemporaryFile(dir=folder).close()  # access() says yes to root, whatever the file system says
+    except OSError as error:
+        raise CannotRun(f"the log cannot be written to the folder of {options.output}: {error.strerror}") from error
+    for picture in options.image:
+        if not os.path.isfile(picture):
+            raise CannotRun(f"the picture {picture} does not exist")
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse_arguments(argv)
+    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+    try:
+        check_paths(options)
+        import_packages()
+        return validate(options)
+    except CannotRun as problem:
+        print(f"validate_npu.py: error: {problem}", file=sys.stderr)
+        print("RESULT: NOT RUN  (exit status 2; an earlier log is left as it was)")
+        return 2
+
+
+def validate(options: argparse.Namespace) -> int:
+    """The five stages in sequence, then the log. Returns the exit status; raises CannotRun."""
+    warnings.filterwarnings("ignore")  # what matters is a check; warnings of the packages would only clutter stderr
+    logging.getLogger("timm").setLevel(logging.ERROR)
+    device = find_device(options.device)
+    note = {"npu": "", "cpu": " (rehearsal: no NPU is validated)"}.get(device.type, " (no NPU is validated)")
+    report = Report()
+    report.line(f"validate_npu: {options.model} on {device}{note}")
+    report.line("Lines that begin with ~ vary from run to run. Compare two logs with: diff -I '^~' OLD NEW")
+    report.line(
+        f"options: weights {os.path.basename(options.weights)}, batch sizes {' '.join(map(str, options.batch_sizes))},"
+        f" warm-up {options.warmup}, iterations {options.iters}, seed {options.seed}, pictures {len(options.image)}"
+    )
+    report.line(f"~     {time.strftime('%Y-%m-%d %H:%M:%S %z')}")
+
+    # Stages 1 to 4 judge numbers, which are to repeat; stage 5 times what users run.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+    with report.stage("device"):
+        report.add(judge_device(measure_device(device, options.seed), device))
+
+    with report.stage("model"):
+        started = time.perf_counter()
+        model = load_model(options.model, options.weights, options.seed)
+        load_seconds = time.perf_counter() - started
+        batches = make_batches(model, options.batch_sizes, options.image, options.seed)
+        device_model = copy.deepcopy(model).to(device)
+        record = measure_model(model, device_model, batches, device)
+        report.add(judge_model(record, describe_weights(model, options.weights, options.seed), load_seconds, device))
+
+    with report.stage("outputs"):
+        maps = feature_extractor(options.model, model)
+        report.add(judge_outputs(*measure_outputs(device_model, maps.to(device) if maps else None, batches, device)))
+
+    with report.stage("precision"):
+        inputs = draw_images(PRECISION_IMAGES, batches["1"].shape[1:], options.seed)
+        report.add(judge_precision(measure_precision(model, device_model, inputs, device)))
+
+    torch.use_deterministic_algorithms(False)
+    with report.stage("throughput"):
+        timings = [
+            time_batches(device_model, batches[str(size)], device, options.warmup, options.iters)
+            for size in options.batch_sizes
+        ]
+        report.add(judge_throughput(timings))
+        synchronize(device)  # a fault that is first seen when python exits would come after the verdict
+
+    status = report.result(note)
+    report.write(options.output)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
