@@ -316,6 +316,8 @@ def explain(error: BaseException) -> str:
     if code:
         advice = ACL_ERRORS.get(int(code[1]), "see ~/ascend/log")
         return f"{operator[1] + ': ' if operator else ''}error code {code[1]}, {advice}"
+    if operator:
+        return f"{operator[1]} failed on the device, see ~/ascend/log"
     return f"{type(error).__name__}: {first_line(error)}"
 
 
@@ -685,7 +687,8 @@ def feature_extractor(name: str, model: torch.nn.Module) -> torch.nn.Module | No
     """What timm's features_only=True gives for this model, with the same weights; None where timm has none for it."""
     try:
         overlay = {"state_dict": model.state_dict()}
-        return timm.create_model(name, features_only=True, pretrained=True, pretrained_cfg_overlay=overlay).eval()
+        maps = timm.create_model(name, features_only=True, pretrained=True, pretrained_cfg_overlay=overlay).eval()
+        return maps if isinstance(maps.feature_info, timm.models.FeatureInfo) else None
     except (RuntimeError, AttributeError, AssertionError, NotImplementedError, TypeError, ValueError):
         return None
 
@@ -957,7 +960,7 @@ class Report:
         except CannotRun:
             raise
         except Exception as error:
-            self.add([Entry("runs", "", FAIL, explain(error), "this stage could not be finished; the device's own log is in ~/ascend/log")])
+            self.add([Entry(name, "", FAIL, explain(error), "this stage could not be finished; the device's own log is in ~/ascend/log")])
 
     def result(self, note: str) -> int:
         """List again what failed or warned, with what to do, then the result. Returns the exit status."""
@@ -1074,6 +1077,7 @@ def validate(options: argparse.Namespace) -> int:
     with report.stage("device"):
         report.add(judge_device(measure_device(device, options.seed), device))
 
+    device_model = None
     with report.stage("model"):
         started = time.perf_counter()
         model = load_model(options.model, options.weights, options.seed)
@@ -1082,6 +1086,10 @@ def validate(options: argparse.Namespace) -> int:
         device_model = copy.deepcopy(model).to(device)
         record = measure_model(model, device_model, batches, device)
         report.add(judge_model(record, describe_weights(model, options.weights, options.seed), load_seconds, device))
+
+    if device_model is None:
+        report.add([Entry(stage, "", SKIP, f"the model could not be put on {device}") for stage in STAGES[2:]])
+        return finish(report, note, options.output)
 
     with report.stage("outputs"):
         maps = feature_extractor(options.model, model)
@@ -1100,8 +1108,12 @@ def validate(options: argparse.Namespace) -> int:
         report.add(judge_throughput(timings))
         synchronize(device)  # a fault that is first seen when python exits would come after the verdict
 
+    return finish(report, note, options.output)
+
+
+def finish(report: Report, note: str, output: str) -> int:
     status = report.result(note)
-    report.write(options.output)
+    report.write(output)
     return status
 
 
