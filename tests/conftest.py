@@ -28,7 +28,7 @@ class Run:
 
     def outcomes(self, name):
         """The outcome words of the checks of this name, in the order of the log."""
-        return [line[:4] for line in self.log.splitlines() if line[6:24].strip() == name and line[:4].isupper()]
+        return [line[:4] for line in self.log.splitlines() if line[6:28].strip() == name and line[:4].isupper()]
 
     @property
     def result(self):

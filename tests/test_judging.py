@@ -90,6 +90,7 @@ def test_shapes_that_differ_are_an_error():
 
 # --- the stages' judges -----------------------------------------------------------------------------------------------
 
+ERF, TANH = v.GeluProbe(erf=1e-7, tanh=4.7e-4), v.GeluProbe(erf=4.7e-4, tanh=1e-7)
 GOOD = v.compare(np.ones((2, 8)) + 1e-7, np.ones((2, 8)))
 EQUAL = v.compare(np.ones((2, 8)), np.ones((2, 8)))
 BAD = v.compare(np.ones((2, 8)) * 1.1, np.ones((2, 8)))
@@ -112,14 +113,20 @@ def test_a_healthy_output_passes():
         ({"nonfinite": 1}, "1 of 16 values are NaN or infinite"),
         ({"smallest_row_std": 0.0}, "collapsed"),
         ({"closest_rows": 1e-6}, "different images give the same output"),
-        ({"alone": BAD}, "image 0 differs from the same image alone"),
-        ({"alone": NAN}, "image 0 differs from the same image alone"),
+        ({"alone": BAD}, "differs from the same image alone: image 0"),
+        ({"alone": NAN}, "differs from the same image alone: image 0"),
     ],
 )
 def test_an_output_fails_for_each_thing_that_can_be_wrong(change, problem):
     row = v.judge_outputs([dataclasses.replace(OUTPUT, **change)], [])[1]
     assert row.outcome == FAIL
     assert problem in row.problem
+
+
+@pytest.mark.parametrize(("error", "outcome"), [(1e-6, PASS), (3e-4, WARN), (2e-3, FAIL)])
+def test_a_row_of_a_batch_warns_before_it_fails(error, outcome):
+    alone = v.compare(np.ones((2, 8)) * (1 + error), np.ones((2, 8)))
+    assert v.judge_outputs([dataclasses.replace(OUTPUT, alone=alone)], [])[1].outcome == outcome
 
 
 @pytest.mark.parametrize(("repeat", "outcome"), [(EQUAL, PASS), (GOOD, WARN), (BAD, FAIL), (NAN, FAIL)])
@@ -131,7 +138,7 @@ def test_a_batch_that_does_not_fit_is_a_row():
     assert outcomes(v.judge_outputs([OUTPUT], ["64"])) == [PASS, WARN, PASS]
 
 
-DEVICE = v.DeviceRecord("npu:0", {}, {"convolution": True, "matmul": False}, {}, 2, 1, GOOD)
+DEVICE = v.DeviceRecord("npu:0", {}, {"convolution": "HF32", "matmul": "float32"}, {}, 2, 1, GOOD)
 
 
 @pytest.mark.parametrize(("probe", "outcome"), [(GOOD, PASS), (BAD, FAIL), (NAN, FAIL)])
@@ -139,7 +146,7 @@ def test_a_wrong_matrix_product_fails(probe, outcome):
     assert outcomes(v.judge_device(dataclasses.replace(DEVICE, probe=probe), CPU)) == [outcome]
 
 
-MODEL = v.ModelRecord(1, {"input_size": (3, 8, 8), "interpolation": "bicubic", "crop_pct": 1.0, "mean": (0.5,), "std": (0.5,)}, "a", "a", "b", 0.1)
+MODEL = v.ModelRecord(1, {"input_size": (3, 8, 8), "interpolation": "bicubic", "crop_pct": 1.0, "mean": (0.5,), "std": (0.5,)}, "a", "a", "b", 0.1, {})
 
 
 @pytest.mark.parametrize(("read_back", "outcome"), [("a", PASS), ("c", FAIL)])
@@ -149,8 +156,69 @@ def test_weights_that_do_not_come_back_as_they_went_fail(read_back, outcome):
 
 @pytest.mark.parametrize(("difference", "outcome"), [(EQUAL, PASS), (GOOD, PASS), (BAD, FAIL), (NAN, FAIL)])
 def test_precision_is_judged(difference, outcome):
-    records = [v.PrecisionRecord("embedding", "npu float32", f"cpu {reference}", difference) for reference in ("float32", "float64")]
-    assert outcomes(v.judge_precision(records)) == [outcome, outcome]
+    record = v.PrecisionRecord("embedding", "float32", difference, floor=GOOD, against_fp32=difference, repeat=EQUAL)
+    # the row of the table, the repeat, the card's check, the reviewers' one
+    assert outcomes(v.judge_precision([record], ERF, CPU)) == [outcome, PASS, outcome, outcome]
+
+
+@pytest.mark.parametrize("mode", v.OUTPUT_LIMIT)
+def test_each_mode_has_its_limits_and_warns_before_it_fails(mode):
+    warn, fail = v.OUTPUT_LIMIT[mode]
+    for error, outcome in ((0.5 * warn, PASS), (1.1 * warn, WARN), (1.1 * fail, FAIL)):
+        difference = v.compare(np.ones((2, 8)) * (1 + error), np.ones((2, 8)))
+        record = v.PrecisionRecord("tokens", mode, difference, GOOD, GOOD, EQUAL)
+        assert outcomes(v.judge_precision([record], ERF, CPU)) == [outcome, PASS]
+
+
+@pytest.mark.parametrize(("repeat", "outcome"), [(EQUAL, PASS), (GOOD, WARN), (BAD, FAIL), (NAN, FAIL)])
+def test_a_second_pass_that_differs_is_noticed(repeat, outcome):
+    record = v.PrecisionRecord("tokens", "float32", GOOD, GOOD, GOOD, repeat)
+    assert outcomes(v.judge_precision([record], ERF, CPU)) == [PASS, outcome]
+
+
+@pytest.mark.parametrize(("probe", "is_tanh"), [(ERF, False), (TANH, True), (v.GeluProbe(1e-2, 9e-3), False), (v.GeluProbe(math.inf, math.inf), False)])
+def test_only_a_gelu_that_is_close_to_the_tanh_form_is_explained_by_it(probe, is_tanh):
+    assert probe.is_tanh == is_tanh
+
+
+def layer(error, name="blocks.0.mlp.fc1", arithmetic="float32"):
+    return v.LayerRecord(name, "Linear", arithmetic, v.compare(np.ones((2, 8)) * (1 + error), np.ones((2, 8)), 1e-3))
+
+
+NOTICED = layer(1e-2)
+
+
+@pytest.mark.parametrize(
+    ("error", "arithmetic", "outcome"),
+    [
+        (1e-6, "float32", PASS),
+        (2e-4, "float32", WARN),
+        (2e-4, "HF32", PASS),
+        (1e-3, "HF32", WARN),
+        (1e-2, "float32", FAIL),
+        (1e-2, "HF32", FAIL),
+        (math.nan, "float32", FAIL),
+    ],
+)
+def test_a_layer_is_judged_by_the_type_that_it_computes_in(error, arithmetic, outcome):
+    assert outcomes(v.judge_layers([layer(error, arithmetic=arithmetic)], NOTICED, CPU)) == [outcome, PASS]
+
+
+def test_the_worst_and_the_first_module_out_of_limits_are_named():
+    records = [layer(0, "a"), layer(3e-4, "b"), layer(2e-2, "c"), layer(0, "d")]
+    entry = v.judge_layers(records, NOTICED, CPU)[1]
+    assert entry.outcome == FAIL and entry.text.startswith("c ")
+    assert "16 of 16 elements" in entry.problem and "first out of limits: b" in entry.problem
+
+
+def test_a_control_that_is_not_noticed_fails():
+    entry = v.judge_layers([layer(0)], layer(1e-6), CPU)[-1]
+    assert entry.outcome == FAIL and "cannot tell" in entry.advice
+
+
+@pytest.mark.parametrize(("after", "outcome"), [(None, PASS), (GOOD, PASS), (BAD, FAIL), (NAN, FAIL)])
+def test_timed_outputs_are_compared_with_those_of_stage_3(after, outcome):
+    assert outcomes(v.judge_throughput([v.Timing(1, (1.0,), (2.0,), after=after)])) == [outcome]
 
 
 def test_out_of_memory_is_a_row_and_the_other_batch_sizes_are_reported():

@@ -103,6 +103,6 @@ def test_the_log_in_the_repository_is_what_the_script_prints_today(run):
     assert today.status == 0, today.stdout
 
     def checks(log):
-        return [line[:24] for line in log.splitlines() if not line.startswith("~")]
+        return [line[:28] for line in log.splitlines() if not line.startswith("~")]
 
     assert checks(today.log) == checks(published)

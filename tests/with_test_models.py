@@ -1,0 +1,63 @@
+"""Runs the script that its arguments name with three more timm models: python with_test_models.py SCRIPT [ARGUMENT ...]
+
+test_dinov3            the family of the default model, small: 3 blocks of width 96, with register tokens and RoPE
+test_vit_without_convolution   its patch embedding is a matrix product
+test_vit_with_bessel   uses an operator that torch_npu has no kernel for, so that torch_npu would compute it on the CPU
+
+TEST_ALLOW_HF32="conv matmul" sets torch_npu's HF32 switches to that, as a user's program could.
+"""
+
+import os
+import runpy
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import validate_npu
+
+validate_npu.import_packages()
+
+import torch  # noqa: E402
+from timm.layers import PatchEmbed  # noqa: E402
+from timm.models import register_model  # noqa: E402
+from timm.models.eva import vit_small_patch16_dinov3  # noqa: E402
+from timm.models.vision_transformer import VisionTransformer  # noqa: E402
+
+
+@register_model
+def test_dinov3(pretrained=False, **kwargs):
+    return vit_small_patch16_dinov3(pretrained, **{**kwargs, "embed_dim": 96, "depth": 3, "num_heads": 3})
+
+
+class LinearPatches(PatchEmbed):
+    def forward(self, x):
+        patches = torch.nn.functional.pixel_unshuffle(x, self.patch_size[0]).flatten(2).transpose(1, 2)
+        return torch.nn.functional.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+
+
+@register_model
+def test_vit_without_convolution(pretrained=False, **kwargs):
+    return VisionTransformer(embed_dim=64, depth=2, num_heads=2, embed_layer=LinearPatches)
+
+
+class VisionTransformerWithBessel(VisionTransformer):
+    def forward_features(self, x, **kwargs):
+        return torch.special.bessel_j0(super().forward_features(x, **kwargs))
+
+
+@register_model
+def test_vit_with_bessel(pretrained=False, **kwargs):
+    return VisionTransformerWithBessel(embed_dim=64, depth=2, num_heads=2)
+
+
+__all__ = ["test_dinov3", "test_vit_without_convolution", "test_vit_with_bessel"]  # where register_model looks
+
+if __name__ == "__main__":
+    if "TEST_ALLOW_HF32" in os.environ:
+        import torch_npu  # noqa: F401
+
+        torch.npu.conv.allow_hf32 = "conv" in os.environ["TEST_ALLOW_HF32"]
+        torch.npu.matmul.allow_hf32 = "matmul" in os.environ["TEST_ALLOW_HF32"]
+    del sys.argv[0]
+    runpy.run_path(sys.argv[0], run_name="__main__")
