@@ -28,6 +28,7 @@ import math
 import os
 import platform
 import re
+import statistics
 import sys
 import tempfile
 import time
@@ -81,9 +82,24 @@ ROW_NORM_FLOOR = 0.1
 
 PRECISION_IMAGES = 4  # seeded images in stage 4; a fp64 forward pass on the CPU is the cost of each
 PROBE_SIZE = 512  # rows and columns of the matrix product that stage 1 computes
-# Limits of the time for each batch size; a CPU rehearsal is to end in about a minute.
-WARMUP_SECONDS = {"cpu": 1.0, "accelerator": 60.0}
+
+DEFAULT_BATCH_SIZES = [1, 4, 8, 16]
+# Least and most time of the warm-up of each batch size, and most time of its timed batches. Least, because a card idles at
+# a low clock, where it is steady, too; most, because a CPU rehearsal is to end in about a minute.
+WARMUP_SECONDS = {"cpu": (0.5, 1.0), "accelerator": (1.0, 60.0)}
 TIMED_SECONDS = {"cpu": 5.0, "accelerator": 60.0}
+STEADY = 0.02  # the warm-up ends when the median of STEADY_BATCHES differs by less from that of as many before
+STEADY_BATCHES = 10
+HOST_BOUND = 0.8  # share of the time that launching takes from which on the host is the limit (as trtexec has it)
+DOUBTFUL_SPREAD = 0.1  # interquartile range over median; torch.utils.benchmark warns from 10 % on
+SATURATED_GAIN = 1.05  # --batch-sizes auto ends where twice the batch gives less than 5 % more throughput ...
+MAX_AUTO_BATCH = 1024  # ... or here
+# TFLOP/s of the matrix unit in fp16: cores x frequency x 8192, from CANN's platform_config. No official figure for HF32
+# is known, so the share of this one is shown whatever the mode.
+FP16_PEAK = {"Ascend910B1": 363.7, "Ascend910B2": 353.9, "Ascend910B3": 294.9, "Ascend910B4": 245.8, "Ascend310P3": 69.5}
+# Between two logs an error is worse when it grew by more than this, and is above what rounding in fp32 gives (64 units).
+ERROR_GROWTH = 0.1
+ROUNDING = 2**-17
 MIB = 2**20
 
 # What changes numbers or speed on an Ascend host, and is worth a line in the log when set.
@@ -227,19 +243,33 @@ class GeluProbe:
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Stage 5: the timed batches of one batch size, in milliseconds per batch."""
+    """Stage 5: the timed batches of one mode and batch size. Without any, `problem` says why."""
 
+    mode: str  # "float32", "float16", "float32 graph"
     batch: int
-    host_ms: tuple[float, ...] = ()  # until the forward call returned
-    total_ms: tuple[float, ...] = ()  # until the device had finished
+    first_ms: float = 0.0  # the first call, with what is compiled or captured then
+    steady: bool = True  # whether the warm-up got there before its time limit
+    host_ms: tuple[float, ...] = ()  # of each batch, until everything was launched
+    total_ms: tuple[float, ...] = ()  # of each batch, until the device had finished
     peak_bytes: int | None = None
-    after: Difference | None = None  # the timed output that is furthest from stage 3's; None where all are equal
-    out_of_memory: bool = False
+    output: np.ndarray | None = None  # of the last batch
+    difference: Difference | None = None  # of the timed output that is furthest from its reference; None where all are equal
+    problem: str = ""
 
     @property
     def throughput(self) -> float:
         """Images per second, from the time of all timed batches."""
         return 1000 * self.batch * len(self.total_ms) / sum(self.total_ms)
+
+    @property
+    def host_share(self) -> float:
+        return statistics.median(self.host_ms) / statistics.median(self.total_ms)
+
+    @property
+    def spread(self) -> float:
+        """Interquartile range over median."""
+        low, middle, high = np.percentile(self.total_ms, (25, 50, 75))
+        return float((high - low) / middle)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -367,6 +397,16 @@ def fp32_arithmetic(device: torch.device) -> dict[str, str]:
     reduced = "HF32" if device.type == "npu" else "TF32"
     switches = reduced_fp32_switches(device)
     return {name: reduced if getattr(*switches[name]) else "float32" for name in switches}
+
+
+def chip_name(device: torch.device) -> str:
+    """The name that the device gives itself, "Ascend910B4"; "cpu" for a CPU."""
+    return torch.get_device_module(device.type).get_device_name(device) if device.type != "cpu" else "cpu"
+
+
+def jit_compile_state(device: torch.device) -> str:
+    """On, torch_npu compiles kernels for each new shape; off, CANN's own precompiled ones serve (the default from 910B on)."""
+    return "" if device.type != "npu" else f", jit_compile {'off' if torch.npu.is_jit_compile_false() else 'on'}"
 
 
 @contextlib.contextmanager
@@ -543,7 +583,7 @@ def measure_device(device: torch.device, seed: int) -> DeviceRecord:
     if device.type != "cpu":
         module = torch.get_device_module(device.type)
         free_bytes, total_bytes = module.mem_get_info(device)
-        description += f" {module.get_device_name(device)}, {module.device_count()} visible, {total_bytes / 2**30:.1f} GiB"
+        description += f" {chip_name(device)}, {module.device_count()} visible, {total_bytes / 2**30:.1f} GiB"
     versions |= {name: importlib.metadata.version(name) for name in ("timm", "numpy")}
     generator = torch.Generator().manual_seed(seed)
     a, b = (torch.randn(PROBE_SIZE, PROBE_SIZE, generator=generator) for _ in range(2))
@@ -764,7 +804,7 @@ def judge_model(record: ModelRecord, weights: str, load_seconds: float, device: 
             )
         )
     entries.append(Entry("loaded in", f"{load_seconds:.1f} s", varies=True))
-    entries.append(Entry("first call", f"{record.first_call_seconds:.2f} s, kernel compilation included", varies=True))
+    entries.append(Entry("first call", f"{record.first_call_seconds:.2f} s, kernel compilation included{jit_compile_state(device)}", varies=True))
     return entries
 
 
@@ -1130,67 +1170,220 @@ def judge_layers(records: list[LayerRecord], control: LayerRecord, device: torch
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def time_batches(model, images: torch.Tensor, device, warmup: int, iters: int, before: np.ndarray | None) -> Timing:
+def time_batch(forward, inputs: torch.Tensor, device: torch.device) -> tuple[float, float, torch.Tensor]:
+    """One forward pass: milliseconds until everything was launched, milliseconds until the device had finished, output."""
+    start = time.perf_counter()
+    output = forward(inputs)
+    if device.type != "cpu":
+        torch.accelerator.current_stream().query()  # torch_npu launches from a second thread: this waits for it
+    launched = time.perf_counter()
+    synchronize(device)
+    done = time.perf_counter()
+    return 1000 * (launched - start), 1000 * (done - start), output
+
+
+def time_batches(mode, forward, images, device, warmup: int, iters: int, reference: np.ndarray) -> Timing:
     """Time forward passes of one batch, each synchronized; see `Timing`.
 
     Args:
+        forward: the model, or a function of its inputs that computes the same in this mode.
         images: (B, 3, H, W) on the host.
-        warmup, iters: batches before and during the measurement; WARMUP_SECONDS and TIMED_SECONDS end either early.
-        before: model(images) from stage 3; each timed output is compared with it, while the clock stands.
+        warmup: least number of batches before the timed ones; they go on until it is steady, within WARMUP_SECONDS.
+        iters: timed batches; TIMED_SECONDS ends them early.
+        reference: outputs of the first len(reference) images; each timed output is compared with it, while no clock runs.
     """
     from tqdm import tqdm
 
-    batch = len(images)
-    on_device = device.type != "cpu"
-    kind = "accelerator" if on_device else "cpu"
-    host_ms, total_ms, after = [], [], None
+    kind = "cpu" if device.type == "cpu" else "accelerator"
+    inputs = images.to(device)
+    first_ms = time_batch(forward, inputs, device)[1]
+
+    warm, steady, start = [], False, time.perf_counter()
+    least, most = WARMUP_SECONDS[kind]
+    while (seconds := time.perf_counter() - start) < least or (len(warm) < warmup or not steady) and seconds < most:
+        warm.append(time_batch(forward, inputs, device)[1])
+        recent, earlier = warm[-STEADY_BATCHES:], warm[-2 * STEADY_BATCHES : -STEADY_BATCHES]
+        steady = len(earlier) == STEADY_BATCHES and abs(statistics.median(recent) / statistics.median(earlier) - 1) < STEADY
+
+    host_ms, total_ms, worst, end = [], [], None, time.perf_counter() + TIMED_SECONDS[kind]
+    for _ in tqdm(range(iters), desc=f"{mode}, batch {len(images)}", leave=False, disable=None):
+        host, total, output = time_batch(forward, inputs, device)
+        host_ms.append(host)
+        total_ms.append(total)
+        output = to_host(output)
+        if not np.array_equal(output[: len(reference)], reference):
+            found = compare(output[: len(reference)], reference)
+            worst = found if worst is None or found.worst_rel_l2 > worst.worst_rel_l2 else worst
+        if time.perf_counter() > end:
+            break
+    peak = torch.accelerator.max_memory_allocated(device) if kind != "cpu" else None
+    return Timing(mode, len(images), first_ms, steady, tuple(host_ms), tuple(total_ms), peak, output, worst)
+
+
+def under_autocast(model, device: torch.device, dtype: str):
+    """A function that computes model(images) under autocast, entered for each call as a program does."""
+
+    def forward(images):
+        with torch.autocast(device.type, dtype=getattr(torch, dtype)):
+            return model(images)
+
+    return forward
+
+
+def captured(forward, images: torch.Tensor, device: torch.device):
+    """Capture forward(images) as a graph (NPU or CUDA); the function that is returned replays it on its own argument.
+
+    Zeros are captured, so that outputs that are right come from the replay.
+    """
+    module = torch.get_device_module(device.type)
+    graph = (module.NPUGraph if device.type == "npu" else module.CUDAGraph)()
+    static = torch.zeros_like(images, device=device)
+    side = module.Stream()
+    side.wait_stream(module.current_stream())
+    with module.stream(side):
+        for _ in range(3):
+            forward(static)
+    module.current_stream().wait_stream(side)
+    with module.graph(graph):
+        output = forward(static)
+
+    def replay(images):
+        static.copy_(images)
+        graph.replay()
+        return output
+
+    return replay
+
+
+def measure_throughput(model, sizes, modes, size, seed, stage3: np.ndarray, device, warmup, iters) -> list[Timing]:
+    """Time every mode with every batch size.
+
+    Args:
+        sizes: batch sizes, or ["auto"]: doubled until throughput gains less than SATURATED_GAIN or memory ends.
+        modes: "float32", "float16", ...; with " graph" behind it, as a captured graph, after the same mode without.
+        size: of one image, (3, H, W).
+        stage3: model(x) of the first images in fp32. Graphs are compared with the same mode without, the others with this.
+    """
+    timings, eager = [], {}
+    for mode in modes:
+        dtype, _, graph = mode.partition(" ")
+        before = None
+        for batch in sizes if sizes != ["auto"] else (2**i for i in range(MAX_AUTO_BATCH.bit_length())):
+            try:
+                images = draw_images(batch, size, seed)
+                forward = model if dtype == "float32" else under_autocast(model, device, dtype)
+                if device.type != "cpu":
+                    torch.accelerator.empty_cache()
+                    torch.accelerator.reset_peak_memory_stats(device)
+                with torch.inference_mode():
+                    started = time.perf_counter()
+                    forward = captured(forward, images, device) if graph else forward
+                    capture_ms = 1000 * (time.perf_counter() - started)
+                    reference = eager.get((dtype, batch), stage3[:batch])
+                    timing = time_batches(mode, forward, images, device, warmup, iters, reference)
+                timings.append(dataclasses.replace(timing, first_ms=timing.first_ms + capture_ms))
+            except torch.OutOfMemoryError:
+                timings.append(Timing(mode, batch, problem=OUT_OF_MEMORY))
+            except RuntimeError as error:
+                if not graph:
+                    raise
+                timings.append(Timing(mode, batch, problem=f"the forward pass cannot be captured: {explain(error)}"))
+                break
+            timing = timings[-1]
+            eager[dtype, batch] = timing.output if timing.output is not None else stage3[:batch]
+            saturated = before and timing.total_ms and timing.throughput < SATURATED_GAIN * before.throughput
+            if sizes == ["auto"] and (timing.problem or saturated):
+                break
+            before = timing
+    return timings
+
+
+def count_flops(model: torch.nn.Module, size: tuple[int, int, int]) -> int | None:
+    """Floating point operations of one image's forward pass; None where the model does not run without data.
+
+    On meta tensors, where attention is counted as its matrix products: the CPU's fused kernel is not counted at all.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
     try:
-        if on_device:
-            torch.accelerator.empty_cache()
-            torch.accelerator.reset_peak_memory_stats(device)
-        with torch.inference_mode(), tqdm(total=warmup + iters, desc=f"batch {batch}", leave=False, disable=None) as bar:
-            inputs = images.to(device)
-            for count, timed, seconds in ((warmup, False, WARMUP_SECONDS[kind]), (iters, True, TIMED_SECONDS[kind])):
-                end = time.perf_counter() + seconds
-                for _ in range(count):
-                    start = time.perf_counter()
-                    output = model(inputs)
-                    launched = time.perf_counter()
-                    synchronize(device)
-                    done = time.perf_counter()
-                    if timed:
-                        host_ms.append(1000 * (launched - start))
-                        total_ms.append(1000 * (done - start))
-                        if before is not None and not np.array_equal(actual := to_host(output), before):
-                            found = compare(actual, before)
-                            after = found if after is None or found.worst_rel_l2 > after.worst_rel_l2 else after
-                    bar.update()
-                    if done > end:
-                        break
-    except torch.OutOfMemoryError:
-        return Timing(batch, out_of_memory=True)
-    peak = torch.accelerator.max_memory_allocated(device) if on_device else None
-    return Timing(batch, tuple(host_ms), tuple(total_ms), peak, after)
+        with FlopCounterMode(display=False) as counter, torch.inference_mode():
+            copy.deepcopy(model).to("meta")(torch.empty(1, *size, device="meta"))
+        return counter.get_total_flops()
+    except (RuntimeError, NotImplementedError):
+        return None
 
 
-def judge_throughput(timings: list[Timing]) -> list[Entry]:
-    entries = [Entry("", f"{'batch':>8}{'images/s':>12}{'p50 ms':>10}{'p90 ms':>10}{'p99 ms':>10}{'host ms':>10}{'peak MiB':>10}{'iters':>7}")]
+def judge_throughput(timings: list[Timing], flops: int | None, device: torch.device, chip: str, auto: bool = False) -> list[Entry]:
+    """The table, what it means, a chart, and whether the timed outputs are right.
+
+    Args:
+        flops: of one image. chip: the device's name, to look up its peak. auto: whether the sizes were searched for.
+    """
+    columns = "".join(f"{name:>9}" for name in ("p50 ms", "p90 ms", "p99 ms", "max ms", "spread", "host ms", "limit", "first ms", "TFLOP/s"))
+    entries = [Entry("", f"{'batch':>6}{'images/s':>11}{columns}{'peak MiB':>10}{'iters':>7}")]
     for timing in timings:
-        if timing.out_of_memory:
-            entries.append(Entry(f"batch {timing.batch}", "", WARN, OUT_OF_MEMORY, OUT_OF_MEMORY_ADVICE))
-            continue
-        percentiles = "".join(f"{x:>10.2f}" for x in np.percentile(timing.total_ms, (50, 90, 99)))
-        peak = "-" if timing.peak_bytes is None else f"{timing.peak_bytes / MIB:.1f}"
-        entries.append(
-            Entry("", f"{timing.batch:>8}{timing.throughput:>12.2f}{percentiles}{np.median(timing.host_ms):>10.2f}{peak:>10}{len(timing.total_ms):>7}", varies=True)
-        )
-    changed = [timing for timing in timings if timing.after]
-    worst = max(changed, key=lambda timing: timing.after.worst_rel_l2, default=None)
-    outcome = judge_limits(worst.after, SAME_INPUT_LIMIT) if worst else PASS
-    problem = "" if outcome == PASS else f"batch {worst.batch}: {row_text(worst.after.worst_row)} differs by {worst.after.worst_rel_l2:.1e}"
-    advice = "the device computes something else under load: run it again, check the card's temperature and memory"
-    entries.append(Entry("timed outputs", f"all against stage 3's, limit {SAME_INPUT_LIMIT[0]:.1e}", outcome, problem, advice))
+        if timing.problem == OUT_OF_MEMORY:
+            found = Entry(timing.mode, f"{timing.batch:>6}", WARN, f"batch {timing.batch}: {OUT_OF_MEMORY}", OUT_OF_MEMORY_ADVICE)
+            entries.append(Entry(timing.mode, f"{timing.batch:>6} {OUT_OF_MEMORY}", varies=True) if auto else found)
+        elif timing.problem:
+            entries.append(Entry(timing.mode, "", SKIP, timing.problem))
+        else:
+            figures = [f"{x:.2f}" for x in (*np.percentile(timing.total_ms, (50, 90, 99)), max(timing.total_ms))]
+            figures += [f"{timing.spread:.1%}", f"{statistics.median(timing.host_ms):.2f}"]
+            figures += ["-" if device.type == "cpu" else "host" if timing.host_share >= HOST_BOUND else "device"]
+            figures += [f"{timing.first_ms:.1f}", "-" if flops is None else f"{flops * timing.throughput / 1e12:.3f}"]
+            peak = "-" if timing.peak_bytes is None else f"{timing.peak_bytes / MIB:.1f}"
+            row = f"{timing.batch:>6}{timing.throughput:>11.2f}{''.join(f'{x:>9}' for x in figures)}{peak:>10}{len(timing.total_ms):>7}"
+            entries.append(Entry(timing.mode, row, varies=True))
+    timings = [timing for timing in timings if timing.total_ms]
+    for mode in dict.fromkeys(timing.mode for timing in timings):
+        entries += explain_throughput([timing for timing in timings if timing.mode == mode], flops, device, chip)
+    entries += chart(timings)
+    for mode in dict.fromkeys(timing.mode for timing in timings):
+        amp = mode if mode in ("float16", "bfloat16") else None
+        limits = OUTPUT_LIMIT[amp] if amp else SAME_INPUT_LIMIT
+        changed = [timing for timing in timings if timing.mode == mode and timing.difference]
+        worst = max(changed, key=lambda timing: timing.difference.worst_rel_l2, default=None)
+        outcome = judge_limits(worst.difference, limits) if worst else PASS
+        problem = "" if outcome == PASS else f"{mode}, batch {worst.batch}: {row_text(worst.difference.worst_row)} differs by {worst.difference.worst_rel_l2:.1e}"
+        other = f"{mode.split()[0]} without graph" if "graph" in mode else "stage 3, in float32"
+        advice = "the device computes something else under load: run it again, check the card's temperature and memory"
+        entries.append(Entry("timed outputs", f"{mode}: all as those of {other} (limit {limits[0]:.1e})", outcome, problem, advice))
     return entries
+
+
+def explain_throughput(timings: list[Timing], flops: int | None, device: torch.device, chip: str) -> list[Entry]:
+    """What the rows of one mode mean: whether a larger batch would help, what limits them, whether they can be trusted."""
+    mode = timings[0].mode
+
+    def sizes(test) -> str:
+        return ", ".join(str(timing.batch) for timing in timings if test(timing))
+
+    best = max(timings, key=lambda timing: timing.throughput)
+    grows = [b.throughput >= SATURATED_GAIN * a.throughput for a, b in zip(timings, timings[1:])]
+    notes = [("best", f"batch {best.batch} with {best.throughput:.2f} images/s; ")]
+    if len(timings) > 1 and all(grows):
+        notes[0] = ("best", notes[0][1] + "the largest that was tried, and throughput still grows: see --batch-sizes auto")
+    elif len(timings) > 1:
+        notes[0] = ("best", notes[0][1] + f"it saturates at batch {timings[grows.index(False)].batch}")
+    peak = FP16_PEAK.get(chip.removesuffix(" (emulated)"))
+    if flops and peak:
+        notes.append(("of the peak", f"{flops * best.throughput / 1e12 / peak:.2%} of the {peak} TFLOP/s that a {chip} has in fp16"))
+    if device.type != "cpu" and (bound := sizes(lambda timing: timing.host_share >= HOST_BOUND)):
+        notes.append(("host-bound", f"batch {bound}: launching takes over {HOST_BOUND:.0%} of the time, so the device waits; larger batches are nearly free, --graph or a faster CPU help"))
+    if doubtful := sizes(lambda timing: timing.spread > DOUBTFUL_SPREAD):
+        notes.append(("doubtful", f"batch {doubtful}: spread over {DOUBTFUL_SPREAD:.0%}; is the host or the card shared? bind to cores (CPU_AFFINITY_CONF), raise --iters"))
+    if unsteady := sizes(lambda timing: not timing.steady):
+        notes.append(("not steady", f"batch {unsteady}: the warm-up's time was over before the latency settled to {STEADY:.0%}"))
+    return [Entry(name, f"{mode}: {note}", varies=True) for name, note in notes]
+
+
+def chart(timings: list[Timing], width: int = 30) -> list[Entry]:
+    """Throughput and median latency of each row as bars, each relative to the longest."""
+    lines = [(f"{timing.mode:<14}{timing.batch:>6}", timing.throughput, statistics.median(timing.total_ms)) for timing in timings]
+    fastest, slowest = (max((line[i] for line in lines), default=1) for i in (1, 2))
+    bars = [(label, "#" * max(1, round(width * a / fastest)), "#" * max(1, round(width * b / slowest))) for label, a, b in lines]
+    return [Entry("", f"{label}  images/s {left:<{width}}  p50 ms {right}", varies=True) for label, left, right in bars]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1265,6 +1458,97 @@ class Report:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Comparison of two logs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Log:
+    """A log that was read back: the head and the five stages, not an earlier comparison or the list of failures."""
+
+    name: str
+    experiment: list[str]  # the lines that say which experiment it is
+    stable: list[str]  # all lines that do not begin with ~
+    checks: dict[tuple, str]  # (stage, name, how many of that name came before) -> the line
+    timings: dict[tuple[str, str], tuple[float, float]]  # (mode, batch) -> median milliseconds, spread in percent
+
+
+def read_log(path: str) -> Log:
+    """Raises CannotRun where the file is not a whole log of this script."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = file.read().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CannotRun(f"the log {path} cannot be read: {error}") from error
+    if not lines or not lines[0].startswith("validate_npu: ") or not lines[-1].startswith("RESULT: "):
+        raise CannotRun(f"{path} is not a whole log of validate_npu.py: its first line or the RESULT line is not there")
+    return parse_log(os.path.basename(path), lines)
+
+
+def parse_log(name: str, lines: list[str]) -> Log:
+    head, *blocks = "\n".join(lines).split("\n\n")
+    blocks = [head] + [block for block in blocks if re.match(r"\[\d/\d\]", block)]
+    stable = [line for block in blocks for line in block.splitlines() if not line.startswith("~")]
+    experiment = [line for line in stable if line.startswith(("validate_npu:", "options:")) or re.match(" +(device |(weights|inputs) SHA)", line)]
+    checks, timings = {}, {}
+    for block in blocks:
+        stage, *lines = block.splitlines()
+        for line in lines:
+            if line[:4] in (PASS, WARN, FAIL, SKIP):
+                key = stage, line[6:27].strip()
+                checks[*key, sum(known[:2] == key for known in checks)] = line
+            elif row := re.match(r"~ +(\w+(?: graph)?) +(\d+) +[\d.]+ +([\d.]+)(?: +[\d.]+){3} +([\d.]+)%", line):
+                timings[row[1], row[2]] = float(row[3]), float(row[4])
+    return Log(name, experiment, stable, checks, timings)
+
+
+def error_figures(line: str) -> list[float]:
+    """The figures with an exponent: in a log these are errors, and limits at the end of a line."""
+    return [float(x) for x in re.findall(r"\d\.\d+e[+-]\d+", re.sub(r"\(?limit.*|\S+, \S+$", "", line))]
+
+
+def compare_logs(old: Log, new: Log, max_slowdown: float) -> list[Entry]:
+    """Whether a check's outcome, an error or the speed became worse; and the stable lines that changed, as a diff.
+
+    Args:
+        max_slowdown: percent that the median time may grow, beyond half the sum of the two runs' spreads.
+    """
+    other = [line.strip() for line in new.experiment if line not in old.experiment]
+    lost, worse, grown, slower, rows = [], [], [], [], []
+    for key, before in old.checks.items():
+        after = new.checks.get(key)
+        if after is None:
+            lost.append(f"{key[1]} of {key[0]}")
+        elif (PASS, SKIP, WARN, FAIL).index(after[:4]) > (PASS, SKIP, WARN, FAIL).index(before[:4]):
+            worse.append(f"{key[1]}: {before[:4]} -> {after[:4]}")
+        elif increase := next((ab for ab in zip(error_figures(before), error_figures(after)) if ab[1] > max(ROUNDING, (1 + ERROR_GROWTH) * ab[0])), None):
+            grown.append(f"{' '.join(before[6:45].split())}: {increase[0]:.1e} -> {increase[1]:.1e}")
+    for (mode, batch), (before, spread) in old.timings.items():
+        if (mode, batch) not in new.timings:
+            lost.append(f"the time of {mode}, batch {batch}")
+            continue
+        after, new_spread = new.timings[mode, batch]
+        allowed = max_slowdown + (spread + new_spread) / 2
+        text = f"{before:>9.2f}{after:>9.2f}{before / after:>12.2f}{100 * (after / before - 1):>9.1f}%{allowed:>9.1f}%"
+        rows.append(Entry(mode, f"{batch:>6}{text}", varies=True))
+        if after > before * (1 + allowed / 100):
+            slower.append(f"{mode}, batch {batch}: {before:.2f} -> {after:.2f} ms")
+    diff = difflib.unified_diff(old.stable, new.stable, lineterm="", n=0)
+    diff = [line for line in diff if not line.startswith(("---", "+++", "@@"))]
+    judged = [
+        ("experiment", "model, device, options, weights, inputs", WARN, other, "two different experiments: what is worse below may be due to that"),
+        ("checks", "each is still there", WARN if other else FAIL, lost, "the new run did not do all that the old one did"),
+        ("outcomes", "none is worse", FAIL, worse, "see what changed between the two runs: stage 1's versions, the lines below"),
+        ("errors", f"none is larger by more than {ERROR_GROWTH:.0%}", FAIL, grown, "see what changed between the two runs: stage 1's versions, the lines below"),
+        ("speed", f"no batch takes longer by more than {max_slowdown:g}% and the spreads", FAIL, slower, "is the host or the card shared with other work? else see what changed: stage 1's versions, the lines below"),
+    ]  # fmt: skip
+    entries = [Entry("", f"{'batch':>6}{'old ms':>9}{'new ms':>9}{'throughput':>12}{'longer':>10}{'allowed':>10}"), *rows]
+    entries += [Entry(name, text, outcome if found else PASS, "; ".join(found), advice) for name, text, outcome, found, advice in judged]
+    entries.append(Entry("changed lines", f"{len(diff)}: - old, + new" if diff else "none"))
+    return entries + [Entry("", f"{line[0]} {line[1:]}") for line in diff]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The command line
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -1277,6 +1561,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             return int(text)
 
         return parse
+
+    def size(text: str) -> int | str:
+        return text if text == "auto" else integer(1)(text)
 
     def device(text: str) -> str:
         if not re.fullmatch(r"cpu|[a-z]+(:[0-9]{1,4})?", text):
@@ -1291,15 +1578,22 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--model", default=DEFAULT_MODEL, metavar="NAME", help="a timm model (default: %(default)s)")
     add("--device", default="npu", type=device, help="npu[:i], cpu (a rehearsal), cuda[:i] or another accelerator (default: %(default)s)")
     add("--weights", default="pretrained", metavar="WHICH", help="pretrained, random or a file: .safetensors or a state dict (default: %(default)s)")
-    add("--batch-sizes", default=[1, 4, 8, 16], type=integer(1), nargs="+", metavar="N", help="(default: 1 4 8 16)")
+    add("--batch-sizes", default=DEFAULT_BATCH_SIZES, type=size, nargs="+", metavar="N", help="or auto: doubled until it gains nothing (default: 1 4 8 16)")
     add("--warmup", default=10, type=integer(0), metavar="N", help="batches before the timed ones (default: %(default)s)")
     add("--iters", default=100, type=integer(1), metavar="N", help="timed batches of each size (default: %(default)s)")
     add("--image", default=[], nargs="+", metavar="FILE", help="pictures to validate beside the seeded random images")
-    add("--amp", default=[], nargs="+", choices=["float16", "bfloat16"], help="also validate under autocast in these types")
+    add("--amp", default=[], nargs="+", choices=["float16", "bfloat16"], help="also validate and time under autocast in these types")
+    add("--graph", action="store_true", help="also time the forward pass captured as an NPU (or CUDA) graph")
     add("--strict", action="store_true", help="a WARN also ends with exit status 1")
     add("--seed", default=0, type=integer(0), metavar="N", help="of random images and weights (default: %(default)s)")
+    add("--baseline", metavar="OLD.txt", help="compare with an earlier log; exit status 1 where something became worse")
+    add("--compare", nargs=2, metavar=("OLD.txt", "NEW.txt"), help="only compare two logs, without a run")
+    add("--max-slowdown", default=10.0, type=float, metavar="PERCENT", help="that a comparison allows (default: 10)")
     add("--output", default="validation_output.txt", metavar="FILE", help="the log (default: %(default)s)")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if "auto" in options.batch_sizes and len(options.batch_sizes) > 1:
+        parser.error("--batch-sizes auto stands alone")
+    return options
 
 
 def check_paths(options: argparse.Namespace) -> None:
@@ -1321,6 +1615,8 @@ def main(argv: list[str] | None = None) -> int:
     sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
         options = parse_arguments(argv)
+        if options.compare:
+            return compare_files(*options.compare, options)
         check_paths(options)
         import_packages()
         return validate(options)
@@ -1334,10 +1630,20 @@ def main(argv: list[str] | None = None) -> int:
         raise
 
 
+def compare_files(old: str, new: str, options: argparse.Namespace) -> int:
+    """--compare: what --baseline shows, of two logs that are there. Nothing but the standard library is imported."""
+    entries = compare_logs(read_log(old), read_log(new), options.max_slowdown)
+    report = Report()
+    report.line(f"validate_npu: comparison of {os.path.basename(old)} (old) and {os.path.basename(new)} (new)")
+    report.add(entries)
+    return report.result("", options.strict)
+
+
 def validate(options: argparse.Namespace) -> int:
     """The five stages in sequence, then the log. Returns the exit status; raises CannotRun."""
     warnings.filterwarnings("ignore")  # what matters is a check; warnings of the packages would only clutter stderr
     logging.getLogger("timm").setLevel(logging.ERROR)
+    baseline = read_log(options.baseline) if options.baseline else None  # before it may be replaced
     device = find_device(options.device)
     note = {"npu": "", "cpu": " (rehearsal: no NPU is validated)"}.get(device.type, " (no NPU is validated)")
     report = Report()
@@ -1345,7 +1651,8 @@ def validate(options: argparse.Namespace) -> int:
     report.line("Lines that begin with ~ vary from run to run. Compare two logs with: diff -I '^~' OLD NEW")
     report.line(
         f"options: weights {os.path.basename(options.weights)}, batch sizes {' '.join(map(str, options.batch_sizes))},"
-        f" warm-up {options.warmup}, iterations {options.iters}, seed {options.seed}, pictures {len(options.image)}"
+        f" warm-up {options.warmup}, iterations {options.iters}, seed {options.seed}, pictures {len(options.image)},"
+        f" amp {' '.join(options.amp) or 'no'}, graph {'yes' if options.graph else 'no'}"
     )
     report.line(f"~     {time.strftime('%Y-%m-%d %H:%M:%S %z')}")
 
@@ -1361,7 +1668,8 @@ def validate(options: argparse.Namespace) -> int:
         started = time.perf_counter()
         model = load_model(options.model, options.weights, options.seed)
         load_seconds = time.perf_counter() - started
-        batches = make_batches(model, options.batch_sizes, options.image, options.seed)
+        auto = options.batch_sizes == ["auto"]
+        batches = make_batches(model, DEFAULT_BATCH_SIZES if auto else options.batch_sizes, options.image, options.seed)
         device_model = copy.deepcopy(model).to(device)
         record = measure_model(model, device_model, batches, device)
         report.add(judge_model(record, describe_weights(model, options.weights, options.seed), load_seconds, device))
@@ -1394,13 +1702,20 @@ def validate(options: argparse.Namespace) -> int:
 
     torch.use_deterministic_algorithms(False)
     with report.stage("throughput"):
-        timings = [
-            time_batches(device_model, batches[str(size)], device, options.warmup, options.iters, direct.get(str(size)))
-            for size in options.batch_sizes
-        ]
-        report.add(judge_throughput(timings))
+        modes = ["float32", *(dtype for dtype in options.amp if computes_in(device, dtype))]
+        modes += [f"{mode} graph" for mode in modes if options.graph and device.type != "cpu"]
+        report.add([Entry("graph", "", SKIP, "a CPU has no graphs to capture")] if options.graph and device.type == "cpu" else [])
+        size = tuple(batches["1"].shape[1:])
+        first = record.first_outputs
+        stage3 = max((direct[name] for name in direct if name != "pictures"), key=len, default=first.get("logits", first["embedding"]))
+        timings = measure_throughput(device_model, options.batch_sizes, modes, size, options.seed, stage3, device, options.warmup, options.iters)
+        report.add(judge_throughput(timings, count_flops(model, size), device, chip_name(device), auto))
         synchronize(device)  # a fault that is first seen when python exits would come after the verdict
 
+    if baseline:
+        report.line()
+        report.line(f"[comparison] with {baseline.name}")
+        report.add(compare_logs(baseline, parse_log("this run", report.lines), options.max_slowdown))
     return finish(report, note, options)
 
 

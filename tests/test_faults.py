@@ -76,7 +76,7 @@ def test_the_log_names_the_kind_of_module_where_it_arises(runs, operator, kind, 
     run = runs[f"{operator}:{kind}"]
     table = run.log[run.log.index("[4/5]") :]
     if module is None:
-        assert re.search(r"^FAIL  embedding", table, re.M) and not re.search(r"^(FAIL|WARN)  tokens", table, re.M)
+        assert re.search(r"^(FAIL|WARN)  embedding", table, re.M) and not re.search(r"^(FAIL|WARN)  tokens", table, re.M)
     else:
         assert re.search(rf"^(FAIL|WARN)  {module} ", table, re.M), table
 
@@ -91,7 +91,8 @@ def test_the_readme_shows_what_is_caught(runs):
     rows = []
     for kind in KINDS:
         verdicts = [noticed(runs[f"{operator}:{kind}"]) for operator in OPERATORS]
-        simple = sum(simple_check(runs[f"{operator}:{kind}"]) for operator in OPERATORS)
+        # Whether one pass sees a fault that strikes once depends on the pass.
+        simple = "-" if "once" in kind else sum(simple_check(runs[f"{operator}:{kind}"]) for operator in OPERATORS)
         name = kind.replace(",from=2,once", ", once")
         rows.append(f"| {name} | {len(OPERATORS)} | {verdicts.count('FAIL')} | {verdicts.count('WARN')} | {simple} |")
     table = "\n".join(rows)

@@ -91,9 +91,14 @@ def test_shapes_that_differ_are_an_error():
 # --- the stages' judges -----------------------------------------------------------------------------------------------
 
 ERF, TANH = v.GeluProbe(erf=1e-7, tanh=4.7e-4), v.GeluProbe(erf=4.7e-4, tanh=1e-7)
-GOOD = v.compare(np.ones((2, 8)) + 1e-7, np.ones((2, 8)))
-EQUAL = v.compare(np.ones((2, 8)), np.ones((2, 8)))
-BAD = v.compare(np.ones((2, 8)) * 1.1, np.ones((2, 8)))
+
+
+def differs(error):
+    """A difference of this size in every row and element."""
+    return v.compare(np.ones((2, 8)) * (1 + error), np.ones((2, 8)), 1e-3)
+
+
+EQUAL, GOOD, BAD = differs(0), differs(1e-7), differs(0.1)
 NAN = v.compare(np.full((2, 8), math.nan), np.ones((2, 8)))
 
 OUTPUT = v.OutputRecord(
@@ -125,8 +130,7 @@ def test_an_output_fails_for_each_thing_that_can_be_wrong(change, problem):
 
 @pytest.mark.parametrize(("error", "outcome"), [(1e-6, PASS), (3e-4, WARN), (2e-3, FAIL)])
 def test_a_row_of_a_batch_warns_before_it_fails(error, outcome):
-    alone = v.compare(np.ones((2, 8)) * (1 + error), np.ones((2, 8)))
-    assert v.judge_outputs([dataclasses.replace(OUTPUT, alone=alone)], [])[1].outcome == outcome
+    assert v.judge_outputs([dataclasses.replace(OUTPUT, alone=differs(error))], [])[1].outcome == outcome
 
 
 @pytest.mark.parametrize(("repeat", "outcome"), [(EQUAL, PASS), (GOOD, WARN), (BAD, FAIL), (NAN, FAIL)])
@@ -165,8 +169,7 @@ def test_precision_is_judged(difference, outcome):
 def test_each_mode_has_its_limits_and_warns_before_it_fails(mode):
     warn, fail = v.OUTPUT_LIMIT[mode]
     for error, outcome in ((0.5 * warn, PASS), (1.1 * warn, WARN), (1.1 * fail, FAIL)):
-        difference = v.compare(np.ones((2, 8)) * (1 + error), np.ones((2, 8)))
-        record = v.PrecisionRecord("tokens", mode, difference, GOOD, GOOD, EQUAL)
+        record = v.PrecisionRecord("tokens", mode, differs(error), GOOD, GOOD, EQUAL)
         assert outcomes(v.judge_precision([record], ERF, CPU)) == [outcome, PASS]
 
 
@@ -182,7 +185,7 @@ def test_only_a_gelu_that_is_close_to_the_tanh_form_is_explained_by_it(probe, is
 
 
 def layer(error, name="blocks.0.mlp.fc1", arithmetic="float32"):
-    return v.LayerRecord(name, "Linear", arithmetic, v.compare(np.ones((2, 8)) * (1 + error), np.ones((2, 8)), 1e-3))
+    return v.LayerRecord(name, "Linear", arithmetic, differs(error))
 
 
 NOTICED = layer(1e-2)
@@ -216,15 +219,32 @@ def test_a_control_that_is_not_noticed_fails():
     assert entry.outcome == FAIL and "cannot tell" in entry.advice
 
 
-@pytest.mark.parametrize(("after", "outcome"), [(None, PASS), (GOOD, PASS), (BAD, FAIL), (NAN, FAIL)])
-def test_timed_outputs_are_compared_with_those_of_stage_3(after, outcome):
-    assert outcomes(v.judge_throughput([v.Timing(1, (1.0,), (2.0,), after=after)])) == [outcome]
+TIMED = v.Timing("float32", 1, host_ms=(1.0, 1.0), total_ms=(2.0, 2.0))
+
+
+@pytest.mark.parametrize(
+    ("mode", "difference", "outcome"),
+    [
+        ("float32", None, PASS),
+        ("float32", GOOD, PASS),
+        ("float32", BAD, FAIL),
+        ("float32", NAN, FAIL),
+        ("float16", differs(5e-3), PASS),  # half precision against stage 3's fp32
+        ("float16", differs(5e-2), FAIL),
+        ("float16 graph", differs(5e-3), FAIL),  # a graph against the same mode without
+    ],
+)
+def test_timed_outputs_are_judged_by_the_limit_of_their_mode(mode, difference, outcome):
+    timing = dataclasses.replace(TIMED, mode=mode, difference=difference)
+    assert outcomes(v.judge_throughput([timing], None, CPU, "cpu")) == [outcome]
 
 
 def test_out_of_memory_is_a_row_and_the_other_batch_sizes_are_reported():
-    entries = v.judge_throughput([v.Timing(1, (1.0, 1.0), (2.0, 2.0)), v.Timing(8, out_of_memory=True)])
+    timings = [TIMED, v.Timing("float32", 8, problem=v.OUT_OF_MEMORY)]
+    entries = v.judge_throughput(timings, None, CPU, "cpu")
     assert "500.00" in entries[1].text and entries[1].varies
-    assert entries[2].outcome == WARN and entries[2].problem == "out of device memory"
+    assert entries[2].outcome == WARN and entries[2].problem == "batch 8: out of device memory"
+    assert outcomes(v.judge_throughput(timings, None, CPU, "cpu", auto=True)) == [PASS], "the search ends there"
 
 
 # --- inputs and weights -----------------------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
-"""Runs the script that its arguments name with three more timm models: python with_test_models.py SCRIPT [ARGUMENT ...]
+"""Runs the script that its arguments name with a few more timm models: python with_test_models.py SCRIPT [ARGUMENT ...]
 
 test_dinov3            the family of the default model, small: 3 blocks of width 96, with register tokens and RoPE
 test_vit_without_convolution   its patch embedding is a matrix product
+test_tiny_vit          one block of width 32 at 32 x 32, so that its kernels take no time
+test_vit_that_waits    reads a value on the host in its forward pass, so that no graph can be captured
 test_vit_with_bessel   uses an operator that torch_npu has no kernel for, so that torch_npu would compute it on the CPU
 
 TEST_ALLOW_HF32="conv matmul" sets torch_npu's HF32 switches to that, as a user's program could.
@@ -41,6 +43,27 @@ def test_vit_without_convolution(pretrained=False, **kwargs):
     return VisionTransformer(embed_dim=64, depth=2, num_heads=2, embed_layer=LinearPatches)
 
 
+def tiny(kind):
+    model = kind(img_size=32, embed_dim=32, depth=1, num_heads=1)
+    model.pretrained_cfg = {"input_size": (3, 32, 32)}
+    return model
+
+
+@register_model
+def test_tiny_vit(pretrained=False, **kwargs):
+    return tiny(VisionTransformer)
+
+
+class VisionTransformerThatWaits(VisionTransformer):
+    def forward_features(self, x, **kwargs):
+        return super().forward_features(x * float(x.isfinite().all()), **kwargs)
+
+
+@register_model
+def test_vit_that_waits(pretrained=False, **kwargs):
+    return tiny(VisionTransformerThatWaits)
+
+
 class VisionTransformerWithBessel(VisionTransformer):
     def forward_features(self, x, **kwargs):
         return torch.special.bessel_j0(super().forward_features(x, **kwargs))
@@ -50,8 +73,6 @@ class VisionTransformerWithBessel(VisionTransformer):
 def test_vit_with_bessel(pretrained=False, **kwargs):
     return VisionTransformerWithBessel(embed_dim=64, depth=2, num_heads=2)
 
-
-__all__ = ["test_dinov3", "test_vit_without_convolution", "test_vit_with_bessel"]  # where register_model looks
 
 if __name__ == "__main__":
     if "TEST_ALLOW_HF32" in os.environ:

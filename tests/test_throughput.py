@@ -1,0 +1,191 @@
+"""Stage 5: the times are right, what limits them is told, and the search for the best batch size ends."""
+
+import dataclasses
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+import types
+
+import pytest
+import validate_npu as v
+from ascend_emulator import environment
+from conftest import ROOT, SMALL
+
+WITH_TEST_MODELS = ROOT / "tests" / "with_test_models.py"
+TINY = ("--model", "test_tiny_vit", "--weights", "random", "--warmup", "0", "--iters", "5")
+
+
+def table(log):
+    """Rows of stage 5: (mode, batch) -> figures by the header's names."""
+    section = log[log.index("[5/5]") :].splitlines()
+    names = [name.replace(" ", "_") for name in re.split(r"\s+(?!ms|MiB)", section[1].strip())]
+    rows = (re.match(r"~ +(\w+(?: graph)?) +(\d+ +[\d.]+ .*)", line) for line in section)
+    return {(row[1], int(row[2].split()[0])): dict(zip(names, row[2].split())) for row in rows if row}
+
+
+@pytest.fixture
+def emulated(run):
+    def emulated(*arguments, **knobs):
+        done = run(*TINY, *arguments, env=environment(**knobs), launcher=[WITH_TEST_MODELS])
+        assert done.status == 0, done.stdout + done.stderr
+        return done
+
+    return emulated
+
+
+def test_the_loop_costs_nothing_beside_a_hand_written_one():
+    """The median of a batch is within 1 % of that of a bare loop, side by side in one process."""
+    torch, device = v.torch, v.torch.device("cpu")
+    model, images = torch.nn.Linear(1024, 1024), torch.randn(2048, 1024)
+    with torch.inference_mode():
+        reference = model(images).numpy()
+        ratios = []
+        for _ in range(6):
+            ours = v.time_batches("float32", model, images, device, 0, 60, reference).total_ms
+            bare = []
+            for _ in range(60):
+                start = time.perf_counter()
+                model(images)
+                bare.append(1000 * (time.perf_counter() - start))
+            ratios.append(statistics.median(ours) / statistics.median(bare))
+    assert min(abs(ratio - 1) for ratio in ratios) < 0.01, ratios  # other processes disturb some of the rounds
+
+
+def test_the_time_of_the_kernels_is_reported_and_not_the_time_to_launch_them(emulated):
+    """The only convolution takes 200 ms and 50 ms for each image; the host has launched everything long before."""
+    rows = table(emulated("--batch-sizes", "1", "2", KERNEL_TIME="Convolution=200+50").log)
+    for batch, device_ms in ((1, 250), (2, 300)):
+        row = rows["float32", batch]
+        assert float(row["p50_ms"]) == pytest.approx(device_ms, rel=0.02)
+        assert float(row["images/s"]) == pytest.approx(1000 * batch / device_ms, rel=0.02)
+        assert float(row["host_ms"]) < device_ms / 5
+        assert row["limit"] == "device"
+
+
+def test_a_host_that_is_the_limit_is_named(emulated):
+    log = emulated("--batch-sizes", "1", "4").log
+    assert {row["limit"] for row in table(log).values()} == {"host"}
+    assert re.search(r"^~ +host-bound +float32: batch 1, 4: launching takes over 80%", log, re.M)
+
+
+def test_auto_ends_where_throughput_does_and_names_the_batch_size(emulated):
+    """A batch of B takes about 12 + 10 B ms: 8 to 16 gains 7 %, 16 to 32 gains 4 %."""
+    log = emulated("--batch-sizes", "auto", KERNEL_TIME="Convolution=9+10").log
+    assert [batch for _, batch in table(log)] == [1, 2, 4, 8, 16, 32]
+    assert re.search(r"^~ +best +float32: batch \d+ with .* images/s; it saturates at batch 16$", log, re.M)
+
+
+def test_sizes_that_do_not_reach_the_limit_are_not_called_the_best(emulated):
+    log = emulated("--batch-sizes", "1", "2", KERNEL_TIME="Convolution=50").log
+    assert "the largest that was tried, and throughput still grows: see --batch-sizes auto" in log
+
+
+def test_auto_ends_where_memory_does(run):
+    done = run(*SMALL, "--device", "npu", "--batch-sizes", "auto", env=environment(MEMORY="40M", KERNEL_TIME="Convolution=50"))
+    assert done.status == 0, done.stdout
+    assert re.search(r"^~ +float32 +\d+ out of device memory$", done.log, re.M)
+    assert " 0 warned" in done.result
+
+
+def test_a_captured_graph_takes_the_host_out_and_gives_the_same_outputs(emulated):
+    log = emulated("--batch-sizes", "2", "--graph", "--amp", "float16").log
+    rows = table(log)
+    assert list(rows) == [("float32", 2), ("float16", 2), ("float32 graph", 2), ("float16 graph", 2)]
+    for dtype in ("float32", "float16"):
+        assert float(rows[f"{dtype} graph", 2]["host_ms"]) < 0.5 * float(rows[dtype, 2]["host_ms"])
+        assert f"PASS  timed outputs         {dtype} graph: all as those of {dtype} without graph" in log
+
+
+def test_what_the_device_or_the_model_does_not_support_is_a_line(run):
+    on_cpu = run(*SMALL, "--graph")
+    assert on_cpu.status == 0 and re.search("^SKIP  graph +a CPU has no graphs to capture", on_cpu.log, re.M)
+    waits = ("--model", "test_vit_that_waits", "--weights", "random", "--batch-sizes", "1", "--iters", "2", "--graph")
+    done = run(*waits, env=environment(), launcher=[WITH_TEST_MODELS])
+    assert done.status == 0, done.stdout
+    assert re.search(r"^SKIP  float32 graph +the forward pass cannot be captured: ", done.log, re.M)
+
+
+def test_a_replay_that_is_wrong_fails(tmp_path):
+    """The model counts its calls, which a replay cannot know of."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import validate_npu as v\n"
+        "v.import_packages()\n"
+        "device = v.find_device('npu')\n"
+        "calls = [0.0]\n"
+        "def model(images):\n"
+        "    calls[0] = min(calls[0] + 1, 3)\n"
+        "    return images.flatten(1) * calls[0] + 1\n"
+        "images = v.draw_images(2, (3, 8, 8), 0)\n"
+        "v.captured(model, images, device)\n"
+        "right = (images.flatten(1) * 3 + 1).numpy()\n"
+        "for size, reference in ((2, right), (2, right + 1)):\n"
+        "    forward = v.captured(model, images, device)\n"
+        "    timing = v.time_batches('float32 graph', forward, images, device, 0, 2, reference)\n"
+        "    entries = v.judge_throughput([timing], None, device, '')\n"
+        "    print('outcome', entries[-1].outcome)\n"
+    )
+    done = subprocess.run([sys.executable, script], env=os.environ | environment(), capture_output=True, text=True)
+    assert re.findall("outcome (.*)", done.stdout) == ["PASS", "FAIL"], done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("model", ["test_vit", "resnet18"])
+def test_flops_are_those_of_the_matrix_products_and_convolutions(model):
+    """Against torch's profiler, which counts the same from the operators that really ran, attention apart."""
+    torch, timm = v.torch, v.timm
+    timm.layers.set_fused_attn(False)
+    try:
+        module = timm.create_model(model).eval()
+        size = timm.data.resolve_model_data_config(module)["input_size"]
+        with torch.profiler.profile(with_flops=True) as profile, torch.inference_mode():
+            module(torch.zeros(1, *size))
+    finally:
+        timm.layers.set_fused_attn(True)
+    seen = sum(event.flops for event in profile.events() if event.name in ("aten::conv2d", "aten::addmm", "aten::mm", "aten::bmm"))
+    assert v.count_flops(module, size) == pytest.approx(seen, rel=0.01)
+
+
+def test_the_warm_up_goes_on_until_the_latency_is_steady():
+    """A device that idled at a low clock: 30 batches of 15 ms, then 3 ms each. --warmup 0 does not time the slow ones."""
+    calls = []
+
+    def forward(images):
+        calls.append(1)
+        time.sleep(0.015 if len(calls) <= 30 else 0.003)
+        return images
+
+    images = v.torch.ones(1, 3)
+    timing = v.time_batches("float32", forward, images, v.torch.device("cpu"), 0, 20, images.numpy())
+    assert timing.steady and max(timing.total_ms) < 10 < timing.first_ms
+
+
+CHIP = "Ascend910B4 (emulated)"
+MEASURED = v.Timing("float32", 4, host_ms=(9.0,) * 5, total_ms=(10.0,) * 5)  # 400 images/s
+FASTER = v.Timing("float32", 8, host_ms=(1.0,) * 5, total_ms=(10.0,) * 5)  # 800 images/s
+NO_FASTER = v.Timing("float32", 16, host_ms=(1.0,) * 5, total_ms=(19.9,) * 5)  # 804 images/s
+
+
+@pytest.mark.parametrize(
+    ("timings", "name", "text"),
+    [
+        ([MEASURED, FASTER], "best", "batch 8 with 800.00 images/s; the largest that was tried, and throughput still grows"),
+        ([MEASURED, FASTER, NO_FASTER], "best", "batch 16 with 804.02 images/s; it saturates at batch 8"),
+        ([MEASURED], "of the peak", "1.63% of the 245.8 TFLOP/s"),
+        ([MEASURED, FASTER], "host-bound", "batch 4: launching takes over 80% of the time"),
+        ([FASTER], "host-bound", None),
+        ([dataclasses.replace(MEASURED, total_ms=(8.0, 8.0, 10.0, 12.0, 12.0))], "doubtful", "batch 4: spread over 10%"),
+        ([dataclasses.replace(MEASURED, total_ms=(10.0, 10.0, 10.0, 10.0, 300.0))], "doubtful", None),
+        ([dataclasses.replace(MEASURED, steady=False)], "not steady", "batch 4: the warm-up's time was over"),
+        ([MEASURED], "not steady", None),
+    ],
+)
+def test_the_table_is_explained(timings, name, text):
+    npu = types.SimpleNamespace(type="npu")
+    found = [entry for entry in v.explain_throughput(timings, 10**10, npu, CHIP) if entry.name == name]
+    assert all(entry.varies for entry in found), "what a clock says must not show in a diff"
+    assert [text in entry.text for entry in found] == ([True] if text else [])
