@@ -28,9 +28,13 @@ import math
 import os
 import platform
 import re
+import select
+import signal
+import socket
 import statistics
 import sys
 import tempfile
+import threading
 import time
 import warnings
 
@@ -125,12 +129,22 @@ ACL_ERRORS = {
     507899: "the driver failed: check the driver with npu-smi info, and dmesg",
 }
 
+GRACE_SECONDS = 10  # after a signal, for the main thread to end the run itself; it cannot while a device hangs
+ROLL_CALL_SECONDS = 5  # for each card to answer, when torchrun ends a run
+
 PASS, WARN, FAIL, SKIP = "PASS", "WARN", "FAIL", "SKIP"
-NOT_RUN = "RESULT: NOT RUN  (exit status 2; an earlier log is left as it was)"
 
 
 class CannotRun(Exception):
     """The run cannot be done. The message is one line that says what is wrong and what to do; exit status 2."""
+
+
+class Interrupted(BaseException):
+    """Ctrl-C or SIGTERM; the argument is the signal's number."""
+
+
+class CardsLost(Exception):
+    """Cards of a run under torchrun that do not answer; the argument is the list of their ranks."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -270,6 +284,19 @@ class Timing:
         """Interquartile range over median."""
         low, middle, high = np.percentile(self.total_ms, (25, 50, 75))
         return float((high - low) / middle)
+
+
+@dataclasses.dataclass(frozen=True)
+class CardRecord:
+    """What one of several cards reports in the end; each has done all five stages."""
+
+    rank: int
+    place: str  # "node 0 npu:1 Ascend910B4"
+    outputs: np.ndarray  # model(x) of the seeded images of stage 3
+    precision: list[PrecisionRecord]
+    checks: list[Entry]
+    alone: list[Timing]
+    together: list[Timing]  # while all cards were at work
 
 
 @dataclasses.dataclass(frozen=True)
@@ -627,11 +654,12 @@ def judge_device(record: DeviceRecord, device: torch.device) -> list[Entry]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def load_model(name: str, weights: str, seed: int) -> torch.nn.Module:
+def load_model(name: str, weights: str, seed: int, rope_bf16: bool = False) -> torch.nn.Module:
     """A timm model in eval mode on the CPU, in fp32. Raises CannotRun when there is no such model or no such weights.
 
     Args:
         weights: "pretrained" (from the hub, or its cache), "random" (see `draw_weights`) or a file.
+        rope_bf16: see `truncate_rope_periods`.
     """
     if not timm.is_model(name.split(".")[0]):
         near = difflib.get_close_matches(name, timm.list_models() + timm.list_pretrained(), n=3, cutoff=0.5)
@@ -650,7 +678,18 @@ def load_model(name: str, weights: str, seed: int) -> torch.nn.Module:
         draw_weights(model, seed)
     elif weights != "pretrained":
         load_weights_file(model, weights)
+    if rope_bf16:
+        truncate_rope_periods(model)
     return model
+
+
+def truncate_rope_periods(model: torch.nn.Module) -> None:
+    """Round the RoPE periods to bfloat16, in place: so the original DINOv3 stores them, while timm computes them in fp32."""
+    modules = [module for module in model.modules() if isinstance(getattr(module, "periods", None), torch.Tensor)]
+    if not modules:
+        raise CannotRun("--rope-bf16: this model has no RoPE periods")
+    for module in modules:
+        module.periods = module.periods.to(torch.bfloat16).to(torch.float32)
 
 
 def draw_weights(model: torch.nn.Module, seed: int) -> None:
@@ -813,11 +852,13 @@ def judge_model(record: ModelRecord, weights: str, load_seconds: float, device: 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def feature_extractor(name: str, model: torch.nn.Module) -> torch.nn.Module | None:
+def feature_extractor(name: str, model: torch.nn.Module, rope_bf16: bool = False) -> torch.nn.Module | None:
     """What timm's features_only=True gives for this model, with the same weights; None where timm has none for it."""
     try:
         overlay = {"state_dict": model.state_dict()}
         maps = timm.create_model(name, features_only=True, pretrained=True, pretrained_cfg_overlay=overlay).eval()
+        if rope_bf16:
+            truncate_rope_periods(maps)
         return maps if isinstance(maps.feature_info, timm.models.FeatureInfo) else None
     except (RuntimeError, AttributeError, AssertionError, NotImplementedError, TypeError, ValueError):
         return None
@@ -1391,18 +1432,35 @@ def chart(timings: list[Timing], width: int = 30) -> list[Entry]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def say(text: str) -> None:
+    """Print a line on stdout. One that was closed early (| head) does not end the run: its log is still wanted."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def printable(text: str) -> str:
+    """What comes from outside (names, messages) cannot break a line: control characters are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class Report:
     """Prints entries as they come, keeps the lines for the log, and says the result."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
         self.checks: list[Entry] = []
+        self.quiet = False  # of several cards only one prints
+        self.doing, self.since = "start", time.monotonic()  # for the watch, which ends a run that hangs
+
+    def begin(self, name: str) -> None:
+        self.doing, self.since = name, time.monotonic()
 
     def line(self, text: str = "") -> None:
-        # What comes from outside (names, messages) cannot break the format: control characters are escaped.
-        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text).rstrip()
-        self.lines.append(text)
-        print(text, flush=True)
+        self.lines.append(printable(text).rstrip())
+        if not self.quiet:
+            say(self.lines[-1])
 
     def add(self, entries: list[Entry]) -> None:
         for entry in entries:
@@ -1414,11 +1472,12 @@ class Report:
     @contextlib.contextmanager
     def stage(self, name: str):
         """A stage's header; what is raised inside becomes a failed check, so that the other stages can still run."""
+        self.begin(name)
         self.line()
-        self.line(f"[{STAGES.index(name) + 1}/{len(STAGES)}] {name}")
+        self.line(f"[{STAGES.index(name) + 1}/{len(STAGES)}] {name}" if name in STAGES else f"[{name}]")
         try:
             yield
-        except CannotRun:
+        except (CannotRun, CardsLost):
             raise
         except Exception as error:
             self.add([Entry(name, "", FAIL, explain(error), "this stage could not be finished; the device's own log is in ~/ascend/log")])
@@ -1444,17 +1503,145 @@ class Report:
         return 1 if failed else 0
 
     def write(self, path: str) -> None:
-        """Replace the log in one step, so that it is the old one or the new one, whole."""
+        """Replace the log in one step, so that it is the old one or the new one, whole. Raises CannotRun."""
         folder, name = os.path.split(os.path.realpath(path))
-        with tempfile.NamedTemporaryFile("w", dir=folder, prefix=f".{name}.", encoding="utf-8", delete=False) as file:
-            try:
+        temporary = None
+        try:
+            with tempfile.NamedTemporaryFile("w", dir=folder, prefix=f".{name}.", encoding="utf-8", delete=False) as file:
+                temporary = file.name
                 file.writelines(line + "\n" for line in self.lines)
-                file.flush()
-                os.chmod(file.name, 0o644)
-                os.replace(file.name, os.path.realpath(path))
-            except BaseException:
-                os.unlink(file.name)
-                raise
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, os.path.realpath(path))
+        except BaseException as error:
+            with contextlib.suppress(OSError, TypeError):
+                os.unlink(temporary)
+            if isinstance(error, OSError):
+                raise CannotRun(f"the log cannot be written to {path}: {error.strerror}; its lines are on stdout") from error
+            raise
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several cards, under torchrun
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Cards:
+    """The processes that torchrun started, one for each card, as one of them sees them; without torchrun there is one.
+
+    Numbers go through gloo. Who has arrived goes through the store that torchrun keeps, so that a card that died or hangs
+    is known by its rank.
+    """
+
+    def __init__(self) -> None:
+        self.rank, self.size, self.local_rank = (int(os.environ.get(name, d)) for name, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        self.place = f"node {os.environ.get('GROUP_RANK', 0)}"
+        self.note = f" and {self.size - 1} more cards" if self.size > 1 else ""
+        self.store = None
+
+    def connect(self, report: Report, seconds: float) -> None:
+        self.report, self.seconds = report, seconds
+        if self.size > 1:
+            host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            own = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+            self.store = torch.distributed.TCPStore(host, port, self.size, own)
+            torch.distributed.init_process_group("gloo", store=self.store, rank=self.rank, world_size=self.size)
+
+    def device_name(self, name: str) -> str:
+        if self.size == 1 or name == "cpu":
+            return name
+        if ":" in name:
+            raise CannotRun(f"under torchrun each process takes the card of its LOCAL_RANK: --device {name.split(':')[0]}, without an index")
+        return f"{name}:{self.local_rank}"
+
+    def absent(self, step: str, seconds: float) -> list[int]:
+        """Ranks that have not come to this step, after so many seconds. In slices, so that a signal is handled."""
+        self.store.set(f"{step}/{self.rank}", "here")
+        end = time.monotonic() + seconds
+        absent = list(range(self.size))
+        while (absent := [rank for rank in absent if not self.store.check([f"{step}/{rank}"])]) and time.monotonic() < end:
+            time.sleep(0.05)
+        return absent
+
+    def gather(self, step: str, value) -> list:
+        """Each card's value, once all have come to this step. Raises CardsLost where one does not in nine tenths of --timeout."""
+        if self.size == 1:
+            return [value]
+        self.report.begin(self.report.doing)
+        if lost := self.absent(step, 0.9 * self.seconds):
+            raise CardsLost(lost)
+        values = [None] * self.size
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+    def roll_call(self) -> list[int]:
+        """Ranks that do not answer any more, when torchrun ends all processes because one has failed."""
+        return self.absent("roll call", ROLL_CALL_SECONDS) if self.store else []
+
+    def all_or_none(self, step: str, function, *arguments):
+        """function(*arguments); where it cannot be done on one card, no card goes on."""
+        result, problem = None, None
+        try:
+            result = function(*arguments)
+        except CannotRun as error:
+            problem = str(error) if self.size == 1 else f"card {self.rank}: {error}"
+        if problems := list(filter(None, self.gather(step, problem))):
+            raise CannotRun(problems[0])
+        return result
+
+    def once_per_host(self, step: str, function, *arguments):
+        """The same, on the first card of each host before the others, which then find the download in the cache."""
+        result = None
+        for turn in ("first", "others"):
+            mine = (turn == "first") == (self.local_rank == 0)
+            result = self.all_or_none(f"{step}, {turn}", function if mine else lambda *_: result, *arguments)
+        return result
+
+    def turns(self):
+        """Yields once in each process, in one after the other."""
+        for turn in range(self.size):
+            self.gather(f"turn {turn}", None)
+            if turn == self.rank:
+                yield
+
+
+def judge_cards(records: list[CardRecord]) -> list[Entry]:
+    """A line for each card, whether their outputs agree, and what they do to each other's throughput."""
+    entries = [Entry("", f"{'':<34}{'checks':>8}{'failed':>8}{'warned':>8}{'embedding, worst row':>22}")]
+    for record in records:
+        bad = [entry for outcome in (FAIL, WARN) for entry in record.checks if entry.outcome == outcome]
+        count = {outcome: sum(entry.outcome == outcome for entry in record.checks) for outcome in (FAIL, WARN)}
+        error = next((f"{p.difference.worst_rel_l2:.2e}" for p in record.precision if p.output == "embedding"), "-")
+        text = f"{record.place:<34}{len(record.checks):>8}{count[FAIL]:>8}{count[WARN]:>8}{error:>22}"
+        outcome = FAIL if count[FAIL] else WARN if count[WARN] else PASS
+        problem = "; ".join(f"{entry.name}: {entry.problem}" for entry in bad[:3])
+        entries.append(Entry(f"card {record.rank}", text, outcome, problem, f"run it alone for its whole log: --device with the index of {record.place}"))
+
+    groups: dict[bytes, list[CardRecord]] = {}
+    for record in records:
+        groups.setdefault(record.outputs.tobytes(), []).append(record)
+    most = max(groups.values(), key=len)
+    others = [record for record in records if record not in most]
+    worst = max((compare(record.outputs, most[0].outputs) for record in others), key=lambda found: found.worst_rel_l2, default=None)
+    outcome = PASS if worst is None else FAIL if judge_limits(worst, SAME_INPUT_LIMIT) == FAIL else WARN
+    named = ", ".join(f"card {record.rank}" for record in others)
+    problem = "" if worst is None else f"{named} of {len(records)} differ from the others by {worst.worst_rel_l2:.1e}"
+    if len(most) == len(others):
+        problem += ", and it is not known which are right: see each card's precision"
+    entries.append(Entry("agreement", "same weights, same inputs: outputs equal bit for bit", outcome, problem, "a card that differs corrupts data: take it out of use and run it alone"))
+
+    entries.append(Entry("", f"{'':<34}{'batch':>6}{'alone images/s':>16}{'all at once':>13}{'ratio':>7}"))
+    for mode in dict.fromkeys(timing.mode for timing in records[0].together):
+        sums = [0.0, 0.0]
+        for record in records:
+            both = next((t for t in record.together if t.mode == mode and t.total_ms), None)
+            one = next((t for t in record.alone if both and t.mode == mode and t.batch == both.batch and t.total_ms), None)
+            if one:
+                rates = one.throughput, both.throughput
+                sums = [a + b for a, b in zip(sums, rates)]
+                entries.append(Entry(f"card {record.rank}", f"{mode:<34}{one.batch:>6}{rates[0]:>16.2f}{rates[1]:>13.2f}{rates[1] / rates[0]:>7.2f}", varies=True))
+        if sums[0]:
+            entries.append(Entry("total", f"{mode:<34}{'':>6}{sums[0]:>16.2f}{sums[1]:>13.2f}{sums[1] / sums[0]:>7.2f}", varies=True))
+    return entries
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1584,11 +1771,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--image", default=[], nargs="+", metavar="FILE", help="pictures to validate beside the seeded random images")
     add("--amp", default=[], nargs="+", choices=["float16", "bfloat16"], help="also validate and time under autocast in these types")
     add("--graph", action="store_true", help="also time the forward pass captured as an NPU (or CUDA) graph")
+    add("--rope-bf16", action="store_true", help="RoPE periods in bfloat16's precision, as the original DINOv3 has them")
     add("--strict", action="store_true", help="a WARN also ends with exit status 1")
     add("--seed", default=0, type=integer(0), metavar="N", help="of random images and weights (default: %(default)s)")
     add("--baseline", metavar="OLD.txt", help="compare with an earlier log; exit status 1 where something became worse")
     add("--compare", nargs=2, metavar=("OLD.txt", "NEW.txt"), help="only compare two logs, without a run")
     add("--max-slowdown", default=10.0, type=float, metavar="PERCENT", help="that a comparison allows (default: 10)")
+    add("--timeout", default=1800, type=integer(1), metavar="SECONDS", help="end the run when a stage takes longer (default: %(default)s)")
     add("--output", default="validation_output.txt", metavar="FILE", help="the log (default: %(default)s)")
     options = parser.parse_args(argv)
     if "auto" in options.batch_sizes and len(options.batch_sizes) > 1:
@@ -1611,48 +1800,92 @@ def check_paths(options: argparse.Namespace) -> None:
             raise CannotRun(f"the picture {picture} does not exist")
 
 
+def watch(report: Report, seconds: float) -> None:
+    """End the run on Ctrl-C and SIGTERM, and when a stage takes longer than `seconds`, even if the device hangs.
+
+    Python handles a signal in the main thread, once that is back from torch, and there raises Interrupted. The thread
+    that is started here sees the signal at once and ends the process where that did not happen in GRACE_SECONDS.
+    """
+
+    def interrupt(number, frame):
+        raise Interrupted(number)
+
+    def wait(receiver, sender):
+        while (left := report.since + seconds - time.monotonic()) > 0:
+            if select.select([receiver], [], [], left)[0]:
+                number = receiver.recv(1)[0]
+                time.sleep(GRACE_SECONDS)
+                os._exit(not_run(f"interrupted by {signal.Signals(number).name}; stage {report.doing} hangs", 128 + number))
+        message = f"error: stage {report.doing} takes longer than --timeout {seconds:g} s: does the device hang? check npu-smi info"
+        os._exit(not_run(message, 2))
+
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
+    signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
+    threading.Thread(target=wait, args=(receiver, sender), daemon=True).start()
+
+
+def not_run(message: str, status: int, quiet: bool = False) -> int:
+    """Say why the run was not done, on stderr, and the result line on stdout. Returns the exit status."""
+    if not quiet:
+        print(f"validate_npu.py: {printable(message)}", file=sys.stderr, flush=True)
+        say(f"RESULT: NOT RUN  (exit status {status}; an earlier log is left as it was)")
+    return status
+
+
 def main(argv: list[str] | None = None) -> int:
-    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+    report, cards = Report(), Cards()
+    report.quiet = cards.rank > 0
     try:
+        if sys.stdout is not None:
+            sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
         options = parse_arguments(argv)
         if options.compare:
-            return compare_files(*options.compare, options)
+            return compare_files(*options.compare, report, options)
+        watch(report, options.timeout)
         check_paths(options)
         import_packages()
-        return validate(options)
+        return validate(report, cards, options)
     except CannotRun as problem:
-        print(f"validate_npu.py: error: {problem}", file=sys.stderr)
-        print(NOT_RUN)
-        return 2
+        return not_run(f"error: {problem}", 2, report.quiet)
+    except CardsLost as lost:
+        return finish_without(lost.args[0], report, options)
+    except Interrupted as interrupted:
+        number = interrupted.args[0]
+        if number == signal.SIGTERM and (lost := cards.roll_call()):
+            return finish_without(lost, report, options)
+        return not_run(f"interrupted by {signal.Signals(number).name} in stage {report.doing}", 128 + number, report.quiet)
     except SystemExit as end:  # argparse has told what is wrong with the arguments, or printed the help
         if end.code:
-            print(NOT_RUN)
+            say("RESULT: NOT RUN  (exit status 2; an earlier log is left as it was)")
         raise
 
 
-def compare_files(old: str, new: str, options: argparse.Namespace) -> int:
+def compare_files(old: str, new: str, report: Report, options: argparse.Namespace) -> int:
     """--compare: what --baseline shows, of two logs that are there. Nothing but the standard library is imported."""
     entries = compare_logs(read_log(old), read_log(new), options.max_slowdown)
-    report = Report()
     report.line(f"validate_npu: comparison of {os.path.basename(old)} (old) and {os.path.basename(new)} (new)")
     report.add(entries)
     return report.result("", options.strict)
 
 
-def validate(options: argparse.Namespace) -> int:
-    """The five stages in sequence, then the log. Returns the exit status; raises CannotRun."""
+def validate(report: Report, cards: Cards, options: argparse.Namespace) -> int:
+    """The five stages in sequence, then the log. Returns the exit status; raises CannotRun and CardsLost."""
     warnings.filterwarnings("ignore")  # what matters is a check; warnings of the packages would only clutter stderr
     logging.getLogger("timm").setLevel(logging.ERROR)
     baseline = read_log(options.baseline) if options.baseline else None  # before it may be replaced
-    device = find_device(options.device)
+    cards.connect(report, options.timeout)
+    device = cards.all_or_none("device", find_device, cards.device_name(options.device))
     note = {"npu": "", "cpu": " (rehearsal: no NPU is validated)"}.get(device.type, " (no NPU is validated)")
-    report = Report()
-    report.line(f"validate_npu: {options.model} on {device}{note}")
+    report.line(f"validate_npu: {options.model} on {device}{cards.note}{note}")
     report.line("Lines that begin with ~ vary from run to run. Compare two logs with: diff -I '^~' OLD NEW")
     report.line(
         f"options: weights {os.path.basename(options.weights)}, batch sizes {' '.join(map(str, options.batch_sizes))},"
         f" warm-up {options.warmup}, iterations {options.iters}, seed {options.seed}, pictures {len(options.image)},"
         f" amp {' '.join(options.amp) or 'no'}, graph {'yes' if options.graph else 'no'}"
+        f", RoPE periods in {'bfloat16' if options.rope_bf16 else 'float32'}"
     )
     report.line(f"~     {time.strftime('%Y-%m-%d %H:%M:%S %z')}")
 
@@ -1666,7 +1899,7 @@ def validate(options: argparse.Namespace) -> int:
     record = None
     with report.stage("model"):
         started = time.perf_counter()
-        model = load_model(options.model, options.weights, options.seed)
+        model = cards.once_per_host("model", load_model, options.model, options.weights, options.seed, options.rope_bf16)
         load_seconds = time.perf_counter() - started
         auto = options.batch_sizes == ["auto"]
         batches = make_batches(model, DEFAULT_BATCH_SIZES if auto else options.batch_sizes, options.image, options.seed)
@@ -1676,14 +1909,16 @@ def validate(options: argparse.Namespace) -> int:
 
     if record is None:
         report.add([Entry(stage, "", SKIP, f"the model does not run on {device}") for stage in STAGES[2:]])
+        cards.gather("end", None)
         return finish(report, note, options)
 
     direct = {}
     with report.stage("outputs"):
-        maps = feature_extractor(options.model, model)
+        maps = feature_extractor(options.model, model, options.rope_bf16)
         outputs, direct = measure_outputs(device_model, maps.to(device) if maps else None, batches, record.first_outputs, device)
         report.add(judge_outputs(outputs, [batch for batch in batches if batch not in direct]))
 
+    precision = []
     with report.stage("precision"):
         inputs = draw_images(PRECISION_IMAGES, batches["1"].shape[1:], options.seed)
         inputs = torch.cat([inputs, batches["pictures"]]) if options.image else inputs
@@ -1693,24 +1928,39 @@ def validate(options: argparse.Namespace) -> int:
         report.add([Entry(dtype, "", SKIP, f"{device} does not compute in it") for dtype in options.amp if dtype not in modes])
         started = time.perf_counter()
         gelu = measure_gelu(device)
-        records, cpu_seconds = measure_precision(model, device_model, inputs, device, modes, gelu)
-        report.add(judge_precision(records, gelu, device))
+        precision, cpu_seconds = measure_precision(model, device_model, inputs, device, modes, gelu)
+        report.add(judge_precision(precision, gelu, device))
         reference = with_tanh_gelu(model) if gelu.is_tanh else model
         report.add(judge_layers(*measure_layers(reference, device_model, inputs, device), device))
         seconds = time.perf_counter() - started
         report.add([Entry("this stage", f"{seconds:.1f} s, {seconds / cpu_seconds:.1f} forward passes on the CPU", varies=True)])
 
     torch.use_deterministic_algorithms(False)
-    with report.stage("throughput"):
-        modes = ["float32", *(dtype for dtype in options.amp if computes_in(device, dtype))]
-        modes += [f"{mode} graph" for mode in modes if options.graph and device.type != "cpu"]
-        report.add([Entry("graph", "", SKIP, "a CPU has no graphs to capture")] if options.graph and device.type == "cpu" else [])
-        size = tuple(batches["1"].shape[1:])
-        first = record.first_outputs
-        stage3 = max((direct[name] for name in direct if name != "pictures"), key=len, default=first.get("logits", first["embedding"]))
-        timings = measure_throughput(device_model, options.batch_sizes, modes, size, options.seed, stage3, device, options.warmup, options.iters)
-        report.add(judge_throughput(timings, count_flops(model, size), device, chip_name(device), auto))
+    modes = ["float32", *(dtype for dtype in options.amp if computes_in(device, dtype))]
+    modes += [f"{mode} graph" for mode in modes if options.graph and device.type != "cpu"]
+    size, first = tuple(batches["1"].shape[1:]), record.first_outputs
+    stage3 = max((direct[name] for name in direct if name != "pictures"), key=len, default=first.get("logits", first["embedding"]))
+
+    def measure(sizes):
+        timings = measure_throughput(device_model, sizes, modes, size, options.seed, stage3, device, options.warmup, options.iters)
         synchronize(device)  # a fault that is first seen when python exits would come after the verdict
+        return timings
+
+    alone = []
+    for _ in cards.turns():
+        with report.stage("throughput"):
+            report.add([Entry("graph", "", SKIP, "a CPU has no graphs to capture")] if options.graph and device.type == "cpu" else [])
+            alone = measure(options.batch_sizes)
+            report.add(judge_throughput(alone, count_flops(model, size), device, chip_name(device), auto))
+    if cards.size > 1:
+        together = []
+        with report.stage("all cards"):
+            largest = max((timing.batch for timing in alone if timing.total_ms), default=1)
+            cards.gather("ready", None)
+            together = measure([largest])
+        record = CardRecord(cards.rank, f"{cards.place} {device} {chip_name(device)}", stage3, precision, report.checks, alone, together)
+        records = cards.gather("end", record)
+        report.add(judge_cards(records))
 
     if baseline:
         report.line()
@@ -1721,8 +1971,17 @@ def validate(options: argparse.Namespace) -> int:
 
 def finish(report: Report, note: str, options: argparse.Namespace) -> int:
     status = report.result(note, options.strict)
-    report.write(options.output)
+    if not report.quiet:
+        report.write(options.output)
     return status
+
+
+def finish_without(lost: list[int], report: Report, options: argparse.Namespace) -> int:
+    """The log of a run under torchrun that cards dropped out of: what there is of it, and which they are."""
+    report.line()
+    advice = "see that process's own messages above, the card's log in ~/ascend/log, and npu-smi info"
+    report.add([Entry(f"card {rank}", "", FAIL, f"does not answer since stage {report.doing}: it died or hangs", advice) for rank in lost])
+    return finish(report, "", options)
 
 
 if __name__ == "__main__":
