@@ -85,6 +85,7 @@ DISTINCT_REL_L2 = 1e-5
 ROW_NORM_FLOOR = 0.1
 
 PRECISION_IMAGES = 4  # seeded images in stage 4; a fp64 forward pass on the CPU is the cost of each
+LAYER_IMAGES = 2  # of these, for the comparison of each module; so the stage takes less than ten forward passes on the CPU
 PROBE_SIZE = 512  # rows and columns of the matrix product that stage 1 computes
 
 DEFAULT_BATCH_SIZES = [1, 4, 8, 16]
@@ -129,6 +130,7 @@ ACL_ERRORS = {
     507899: "the driver failed: check the driver with npu-smi info, and dmesg",
 }
 
+HUB_SECONDS = 10  # for the hub's first answer
 GRACE_SECONDS = 10  # after a signal, for the main thread to end the run itself; it cannot while a device hangs
 ROLL_CALL_SECONDS = 5  # for each card to answer, when torchrun ends a run
 
@@ -230,7 +232,6 @@ class PrecisionRecord:
     difference: Difference  # against fp64
     floor: Difference  # the CPU's own fp32 against fp64
     against_fp32: Difference  # against the CPU's fp32
-    repeat: Difference  # against the same pass a second time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -670,10 +671,10 @@ def load_model(name: str, weights: str, seed: int, rope_bf16: bool = False) -> t
         if isinstance(error, RuntimeError) and "No pretrained weights" in str(error) or "Invalid pretrained tag" in str(error):
             near = ", ".join(timm.list_pretrained(name.split(".")[0] + "*")[:5]) or "none"
             raise CannotRun(f"{first_line(error)}; pretrained variants: {near}; or --weights random or FILE") from error
-        raise CannotRun(
-            f"the weights of {name} could not be loaded ({type(error).__name__}: {first_line(error)}): set"
-            " HF_ENDPOINT=https://hf-mirror.com where huggingface.co is out of reach, or use --weights FILE or random"
-        ) from error
+        advice = "set HF_ENDPOINT=https://hf-mirror.com where huggingface.co is out of reach, or use --weights FILE or random"
+        if "Gated" in type(error).__name__:
+            advice = "ask for access on the model's page and set HF_TOKEN, or use --weights FILE or random"
+        raise CannotRun(f"the weights of {name} could not be loaded ({type(error).__name__}: {first_line(error)}): {advice}") from error
     if weights == "random":
         draw_weights(model, seed)
     elif weights != "pretrained":
@@ -975,17 +976,17 @@ def judge_outputs(records: list[OutputRecord], too_large: list[str]) -> list[Ent
     for batch in too_large:
         entries.append(Entry(f"batch {batch}", "", WARN, OUT_OF_MEMORY, OUT_OF_MEMORY_ADVICE))
     repeats = [(f"{record.name}, batch {record.batch}", record.repeat) for record in records if record.repeat is not None]
-    entries.append(judge_repeats(repeats, "first call, model(x), forward_head(forward_features(x)):"))
+    entries.append(judge_repeats(repeats))
     return entries
 
 
-def judge_repeats(repeats: list[tuple[str, Difference]], what: str) -> Entry:
+def judge_repeats(repeats: list[tuple[str, Difference]]) -> Entry:
     """The same computation twice is to be equal bit for bit: stages 2 to 4 ask for deterministic algorithms."""
     name, worst = max(repeats, key=lambda pair: pair[1].max_abs)
     outcome = PASS if worst.equal else FAIL if judge_limits(worst, SAME_INPUT_LIMIT) == FAIL else WARN
     problem = "" if worst.equal else f"{name}: {row_text(worst.worst_row)} differs by {worst.worst_rel_l2:.1e} the second time"
     advice = "the device does not repeat itself, although deterministic algorithms were asked for: is the card healthy?"
-    return Entry("repeat", f"{what} {'equal bit for bit' if worst.equal else 'not equal'}", outcome, problem, advice)
+    return Entry("repeat", "first call, model(x), forward_head(forward_features(x)): equal bit for bit", outcome, problem, advice)
 
 
 def shape_text(shape: tuple) -> str:
@@ -1027,7 +1028,7 @@ def measure_precision(model, device_model, images, device, modes: list[str], gel
             strict_fp32(device) if strict else contextlib.nullcontext(),
             torch.autocast(device.type, dtype=getattr(torch, mode)) if amp else contextlib.nullcontext(),
         ):
-            actual, again = (forward_outputs(device_model, inputs) for _ in range(2))
+            actual = forward_outputs(device_model, inputs)
         for name, output in actual.items():
             allowed = ELEMENT_FACTOR * OUTPUT_LIMIT[mode][0]
             records.append(
@@ -1037,7 +1038,6 @@ def measure_precision(model, device_model, images, device, modes: list[str], gel
                     difference=compare(output, reference[name], allowed),
                     floor=compare(fp32[name], fp64[name]),
                     against_fp32=compare(output, fp32[name]),
-                    repeat=compare(again[name], output),
                 )
             )
     return records, cpu_seconds
@@ -1148,7 +1148,6 @@ def judge_precision(records: list[PrecisionRecord], gelu: GeluProbe, device: tor
         text = f"{record.mode:<25}{figures}{found.cosine:>11.7f}{found.norm_ratio:>9.5f}{times:>9.3g}  {limits[0]:.1e}, {limits[1]:.1e}"
         problem = f"{record.mode}: {mismatch_text(found, ELEMENT_FACTOR * limits[0], row_text(found.worst_row, PRECISION_IMAGES))}"
         entries.append(Entry(record.output, text, outcome, "" if outcome == PASS else problem, advice))
-    entries.append(judge_repeats([(f"{record.output}, {record.mode}", record.repeat) for record in records], "each pass, a second time:"))
     for record in (record for record in records if record.output == "embedding" and record.mode == "float32"):
         found = record.against_fp32
         limit = CARD_MAX_ABS * max(1.0, found.reference_rms)
@@ -1441,7 +1440,8 @@ def say(text: str) -> None:
 
 
 def printable(text: str) -> str:
-    """What comes from outside (names, messages) cannot break a line: control characters are escaped."""
+    """What comes from outside (names, messages) cannot break a line: control characters are escaped, in any locale."""
+    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -1608,13 +1608,13 @@ def judge_cards(records: list[CardRecord]) -> list[Entry]:
     """A line for each card, whether their outputs agree, and what they do to each other's throughput."""
     entries = [Entry("", f"{'':<34}{'checks':>8}{'failed':>8}{'warned':>8}{'embedding, worst row':>22}")]
     for record in records:
-        bad = [entry for outcome in (FAIL, WARN) for entry in record.checks if entry.outcome == outcome]
+        bad = dict.fromkeys(entry.name for outcome in (FAIL, WARN) for entry in record.checks if entry.outcome == outcome)
         count = {outcome: sum(entry.outcome == outcome for entry in record.checks) for outcome in (FAIL, WARN)}
         error = next((f"{p.difference.worst_rel_l2:.2e}" for p in record.precision if p.output == "embedding"), "-")
         text = f"{record.place:<34}{len(record.checks):>8}{count[FAIL]:>8}{count[WARN]:>8}{error:>22}"
         outcome = FAIL if count[FAIL] else WARN if count[WARN] else PASS
-        problem = "; ".join(f"{entry.name}: {entry.problem}" for entry in bad[:3])
-        entries.append(Entry(f"card {record.rank}", text, outcome, problem, f"run it alone for its whole log: --device with the index of {record.place}"))
+        advice = f"run it alone for its whole log, on {record.place}"
+        entries.append(Entry(f"card {record.rank}", text, outcome, f"not passed: {', '.join(bad)}" if bad else "", advice))
 
     groups: dict[bytes, list[CardRecord]] = {}
     for record in records:
@@ -1835,6 +1835,29 @@ def not_run(message: str, status: int, quiet: bool = False) -> int:
     return status
 
 
+def check_hub(options: argparse.Namespace) -> None:
+    """Where the hub does not answer in HUB_SECONDS, use only its cache: its client would go on for minutes without a word.
+
+    To be called before huggingface_hub is imported. Behind a proxy, which may be one for that client only, nothing is done.
+    """
+    import http.client
+    import ssl
+    import urllib.error
+    import urllib.request
+
+    if options.weights != "pretrained" or "HF_HUB_OFFLINE" in os.environ or urllib.request.getproxies():
+        return
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    try:
+        urllib.request.urlopen(urllib.request.Request(hub, method="HEAD"), timeout=HUB_SECONDS).close()
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        if isinstance(error, urllib.error.HTTPError) or isinstance(reason, ssl.SSLError):
+            return  # it does answer; certificates are the client's business
+        print(f"validate_npu.py: {hub} does not answer ({reason}): looking for the weights in its cache only", file=sys.stderr)
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
 def main(argv: list[str] | None = None) -> int:
     report, cards = Report(), Cards()
     report.quiet = cards.rank > 0
@@ -1846,6 +1869,7 @@ def main(argv: list[str] | None = None) -> int:
             return compare_files(*options.compare, report, options)
         watch(report, options.timeout)
         check_paths(options)
+        check_hub(options)
         import_packages()
         return validate(report, cards, options)
     except CannotRun as problem:
@@ -1931,7 +1955,7 @@ def validate(report: Report, cards: Cards, options: argparse.Namespace) -> int:
         precision, cpu_seconds = measure_precision(model, device_model, inputs, device, modes, gelu)
         report.add(judge_precision(precision, gelu, device))
         reference = with_tanh_gelu(model) if gelu.is_tanh else model
-        report.add(judge_layers(*measure_layers(reference, device_model, inputs, device), device))
+        report.add(judge_layers(*measure_layers(reference, device_model, inputs[:LAYER_IMAGES], device), device))
         seconds = time.perf_counter() - started
         report.add([Entry("this stage", f"{seconds:.1f} s, {seconds / cpu_seconds:.1f} forward passes on the CPU", varies=True)])
 

@@ -1,0 +1,144 @@
+"""Several cards under torchrun, on an emulated host: one log, a card that differs or drops out is named."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import validate_npu as v
+from ascend_emulator import environment
+from conftest import SCRIPT, Run
+from hub_server import HubServer
+from safetensors.torch import save
+
+SMALL = ("--weights", "random", "--model", "test_vit", "--batch-sizes", "1", "2", "--warmup", "0", "--iters", "3")
+OLD_LOG = "an earlier log\n"
+
+
+def torchrun(cards):
+    return ["-m", "torch.distributed.run", "--nproc-per-node", cards]
+
+
+@pytest.fixture
+def validate(tmp_path):
+    """validate(2, "--timeout", "30", FAULT=...): the script on so many emulated cards."""
+    (tmp_path / "validation_output.txt").write_text(OLD_LOG)
+
+    def validate(cards, *arguments, **knobs):
+        env = environment(DEVICES=cards, **knobs) | {"OMP_NUM_THREADS": "1"}
+        return Run([*SMALL, *arguments], tmp_path, env, torchrun(cards))
+
+    return validate
+
+
+def test_two_healthy_cards_pass_and_agree(validate):
+    done = validate(2)
+    assert done.status == 0, done.stdout + done.stderr
+    assert done.log.startswith("validate_npu: test_vit on npu:0 and 1 more cards\n")
+    assert done.outcomes("card 0") == done.outcomes("card 1") == done.outcomes("agreement") == ["PASS"]
+    assert re.search(r"^PASS  card 1 +node 0 npu:1 Ascend910B4 \(emulated\) +\d+ +0 +0 ", done.log, re.M)
+    rows = re.findall(r"^~ +(card 0|card 1|total) +float32 +(?:2 +)?([\d.]+) +([\d.]+) +([\d.]+)$", done.log, re.M)
+    assert [row[0] for row in rows] == ["card 0", "card 1", "total"]
+    alone, together = (sum(float(row[i]) for row in rows[:2]) for i in (1, 2))
+    assert float(rows[2][1]) == pytest.approx(alone, abs=0.02) and float(rows[2][2]) == pytest.approx(together, abs=0.02)
+    assert done.stdout.count("RESULT: ") == done.stdout.count("[1/5] device") == 1, "one process prints"
+
+
+def test_each_card_alone_is_faster_where_the_host_is_shared(validate):
+    """Kernels of 60 ms that need no CPU: side by side they take no longer, and one after the other they would."""
+    done = validate(2, KERNEL_TIME="Convolution=60")
+    ratio = re.search(r"^~ +total +float32 .* ([\d.]+)$", done.log, re.M)[1]
+    assert 0.8 < float(ratio) <= 1.05
+
+
+def test_the_card_that_corrupts_data_is_named(validate):
+    done = validate(4, FAULT="Addmm:scale=1.01,device=2")
+    assert done.status == 1, done.stdout
+    assert [done.outcomes(f"card {rank}") for rank in range(4)] == [["PASS"], ["PASS"], ["FAIL"], ["PASS"]]
+    assert re.search(r"^FAIL  agreement: card 2 of 4 differ from the others by \d\.\de-0\d$", done.log, re.M)
+    assert re.search(r"^FAIL  card 2: not passed: embedding, .*Linear", done.log, re.M), "what it failed is said"
+
+
+def test_two_cards_that_differ_are_both_in_question(validate):
+    done = validate(2, FAULT="Addmm:scale=1.01,device=1")
+    assert done.status == 1
+    assert "card 1 of 2 differ from the others" in done.log and "it is not known which are right: see each card's precision" in done.log
+
+
+def test_a_card_that_does_not_start_ends_the_run_on_all(validate):
+    done = validate(2, SET_DEVICE_ERROR="507033,device=1")
+    assert done.status != 0
+    errors = [line for line in done.stderr.splitlines() if line.startswith("validate_npu.py: ")]
+    assert len(errors) == 1 and "error: card 1: npu:1 is visible, but does not work: error code 507033" in errors[0]
+    assert done.log == OLD_LOG
+
+
+def test_a_card_that_hangs_is_named_in_the_log(validate):
+    start = time.monotonic()
+    done = validate(2, "--timeout", "15", FAULT="Addmm:hang,from=60,device=1")
+    assert time.monotonic() - start < 90
+    assert done.status != 0
+    assert re.search(r"^FAIL  card 1: does not answer since stage \w+: it died or hangs$", done.log, re.M), done.stdout + done.stderr
+    assert done.result.startswith("RESULT: FAIL")
+
+
+def process_of(rank, parent):
+    """The process that torchrun started for this rank."""
+    for status in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"\0RANK={rank}\0".encode() in status.read_bytes() and f"PPid:\t{parent}\n" in (status.parent / "status").read_text():
+                return int(status.parent.name)
+        except OSError:
+            continue
+    raise AssertionError(f"rank {rank} is not there")
+
+
+def start(folder, cards, env):
+    (folder / "validation_output.txt").write_text(OLD_LOG)
+    command = [sys.executable, *map(str, torchrun(cards)), SCRIPT, *SMALL, "--iters", "100"]
+    return subprocess.Popen(command, cwd=folder, env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_killed_rank_ends_the_run_and_is_named_in_the_log(tmp_path):
+    process = start(tmp_path, 2, environment(DEVICES=2, KERNEL_TIME="Convolution=30"))
+    while "[3/5]" not in process.stdout.readline():
+        assert process.poll() is None
+    killed = time.monotonic()
+    os.kill(process_of(1, process.pid), signal.SIGKILL)
+    _, stderr = process.communicate(timeout=120)
+    assert time.monotonic() - killed < 60
+    log = (tmp_path / "validation_output.txt").read_text()
+    assert process.returncode != 0
+    assert re.search(r"^FAIL  card 1: does not answer since stage \w+: it died or hangs$", log, re.M), log + stderr
+    assert log.splitlines()[-1].startswith("RESULT: FAIL")
+
+
+def test_ctrl_c_ends_all_and_leaves_the_log(tmp_path):
+    process = start(tmp_path, 2, environment(DEVICES=2, KERNEL_TIME="Convolution=30"))
+    while "[3/5]" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert stderr.count("validate_npu.py: interrupted by ") == 1, stderr
+    assert (tmp_path / "validation_output.txt").read_text() == OLD_LOG
+
+
+def test_under_torchrun_the_device_has_no_index(validate):
+    done = validate(2, "--device", "npu:1")
+    assert done.status != 0 and "error: under torchrun each process takes the card of its LOCAL_RANK: --device npu, without" in done.stderr
+
+
+def test_weights_are_downloaded_once_per_host(tmp_path):
+    model = v.timm.create_model("test_vit")
+    v.draw_weights(model, 1)
+    with HubServer("timm/test_vit.r160_in1k", {"model.safetensors": save(model.state_dict())}, "slow") as hub:
+        env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+        done = Run([*SMALL, "--device", "cpu", "--weights", "pretrained"], tmp_path, env, torchrun(2))
+    assert done.status == 0, done.stderr
+    assert sum(request.startswith("GET") and request.endswith("model.safetensors") for request in hub.requests) == 1
+    assert v.sha256(model.state_dict()) in done.log
