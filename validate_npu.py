@@ -307,9 +307,13 @@ class Entry:
     name: str
     text: str
     outcome: str = ""
-    problem: str = ""  # what is wrong, when it is not PASS
+    problem: str = ""  # what is wrong; not shown when it passed
     advice: str = ""  # what to do then
     varies: bool = False
+
+
+def verdict(passed: bool) -> str:
+    return PASS if passed else FAIL
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -632,7 +636,8 @@ def judge_device(record: DeviceRecord, device: torch.device) -> list[Entry]:
     entries += [Entry(name, version) for name, version in record.versions.items()]
     entries.append(Entry("CPU threads", str(record.threads)))
     if record.fp32_arithmetic:
-        entries.append(Entry("fp32 is computed in", ", ".join(f"{name} {kind}" for name, kind in record.fp32_arithmetic.items())))
+        arithmetic = ", ".join(f"{name} {kind}" for name, kind in record.fp32_arithmetic.items())
+        entries.append(Entry("fp32 is computed in", arithmetic))
     entries += [Entry("environment", f"{name}={value}") for name, value in record.environment.items()]
     limit = OPERATOR_LIMIT[record.fp32_arithmetic.get("matmul", "float32")]
     entries.append(
@@ -640,8 +645,8 @@ def judge_device(record: DeviceRecord, device: torch.device) -> list[Entry]:
             "computes",
             f"a {PROBE_SIZE} x {PROBE_SIZE} matrix product, relative L2 error {record.probe.worst_rel_l2:.1e}"
             f" (limit {limit:.1e})",
-            PASS if record.probe.worst_rel_l2 <= limit else FAIL,
-            "a plain matrix product is wrong" if not record.probe.worst_rel_l2 <= limit else "",
+            verdict(record.probe.worst_rel_l2 <= limit),
+            "a plain matrix product is wrong",
             "the device returns wrong numbers for a plain matrix product: check it with the vendor's tools",
         )
     )
@@ -664,17 +669,20 @@ def load_model(name: str, weights: str, seed: int, rope_bf16: bool = False) -> t
     """
     if not timm.is_model(name.split(".")[0]):
         near = difflib.get_close_matches(name, timm.list_models() + timm.list_pretrained(), n=3, cutoff=0.5)
-        raise CannotRun(f"timm {timm.__version__} has no model {name!r}" + (f"; near: {', '.join(near)}" if near else ""))
+        raise CannotRun(f"timm {timm.__version__} has no model {name!r}; near: {', '.join(near) or 'none'}")
     try:
         model = timm.create_model(name, pretrained=weights == "pretrained").eval()
     except Exception as error:  # huggingface_hub, its HTTP client, safetensors and timm each have their own
-        if isinstance(error, RuntimeError) and "No pretrained weights" in str(error) or "Invalid pretrained tag" in str(error):
+        if re.search("No pretrained weights|Invalid pretrained tag", str(error)):
             near = ", ".join(timm.list_pretrained(name.split(".")[0] + "*")[:5]) or "none"
             raise CannotRun(f"{first_line(error)}; pretrained variants: {near}; or --weights random or FILE") from error
-        advice = "set HF_ENDPOINT=https://hf-mirror.com where huggingface.co is out of reach, or use --weights FILE or random"
+        advice = "set HF_ENDPOINT=https://hf-mirror.com where huggingface.co is out of reach"
         if "Gated" in type(error).__name__:
-            advice = "ask for access on the model's page and set HF_TOKEN, or use --weights FILE or random"
-        raise CannotRun(f"the weights of {name} could not be loaded ({type(error).__name__}: {first_line(error)}): {advice}") from error
+            advice = "ask for access on the model's page and set HF_TOKEN"
+        raise CannotRun(
+            f"the weights of {name} could not be loaded ({type(error).__name__}: {first_line(error)}): {advice}, or use"
+            " --weights FILE or random"
+        ) from error
     if weights == "random":
         draw_weights(model, seed)
     elif weights != "pretrained":
@@ -727,7 +735,8 @@ def load_weights_file(model: torch.nn.Module, path: str) -> None:
         state = convert(state, model) if convert else state
         state = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
     except Exception as error:  # pickle, zipfile, safetensors, struct: a damaged file fails in many ways
-        reason = "it is not plain tensors" if "weights_only" in str(error) else f"{type(error).__name__}: {first_line(error)}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        reason = "it is not plain tensors" if "weights_only" in str(error) else reason
         raise CannotRun(
             f"the weights file {path} cannot be read ({reason}): it must be a .safetensors file, or a state dict"
             " saved by torch.save, whole and unchanged"
@@ -739,7 +748,11 @@ def load_weights_file(model: torch.nn.Module, path: str) -> None:
         "of another shape": [key for key in state if key in wanted and state[key].shape != wanted[key].shape],
     }
     if any(problems.values()):
-        listed = (f"{len(keys)} {kind} ({', '.join(keys[:3])}{', ...' * (len(keys) > 3)})" for kind, keys in problems.items() if keys)
+        listed = [
+            f"{len(keys)} {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+            for kind, keys in problems.items()
+            if keys
+        ]
         raise CannotRun(f"the weights file {path} is of another model than --model: keys {'; '.join(listed)}")
     model.load_state_dict(state)
 
@@ -813,19 +826,19 @@ def measure_model(model, device_model, batches: dict[str, torch.Tensor], device:
 def judge_model(record: ModelRecord, weights: str, load_seconds: float, device: torch.device) -> list[Entry]:
     config = record.data_config
     numbers = {key: " ".join(f"{value:g}" for value in config[key]) for key in ("mean", "std")}
-    same = record.device_sha256 == record.weights_sha256
+    size = " x ".join(map(str, config["input_size"]))
     entries = [
         Entry("parameters", f"{record.parameters:,}"),
-        Entry("input", " x ".join(map(str, config["input_size"])) + f", {config['interpolation']}, crop {config['crop_pct']:g}"),
+        Entry("input", f"{size}, {config['interpolation']}, crop {config['crop_pct']:g}"),
         Entry("normalisation", f"mean {numbers['mean']}, std {numbers['std']}"),
         Entry("weights", weights),
         Entry("weights SHA-256", record.weights_sha256),
         Entry("inputs SHA-256", record.inputs_sha256),
         Entry(
             f"weights on {device.type}",
-            "read back, equal the host's bit for bit" if same else "",
-            PASS if same else FAIL,
-            "" if same else f"read back, they differ from the host's: SHA-256 {record.device_sha256}",
+            "read back, equal the host's bit for bit",
+            verdict(record.device_sha256 == record.weights_sha256),
+            f"they differ, SHA-256 {record.device_sha256}",
             "the device's memory, or the transfer to it and back, corrupts data: check the card",
         ),
     ]
@@ -844,7 +857,8 @@ def judge_model(record: ModelRecord, weights: str, load_seconds: float, device: 
             )
         )
     entries.append(Entry("loaded in", f"{load_seconds:.1f} s", varies=True))
-    entries.append(Entry("first call", f"{record.first_call_seconds:.2f} s, kernel compilation included{jit_compile_state(device)}", varies=True))
+    first_call = f"{record.first_call_seconds:.2f} s, kernel compilation included{jit_compile_state(device)}"
+    entries.append(Entry("first call", first_call, varies=True))
     return entries
 
 
@@ -865,7 +879,7 @@ def feature_extractor(name: str, model: torch.nn.Module, rope_bf16: bool = False
         return None
 
 
-def expected_shape(name: str, model: torch.nn.Module, maps: torch.nn.Module | None, images: torch.Tensor) -> tuple | None:
+def expected_shape(name: str, model, maps, images: torch.Tensor) -> tuple | None:
     """The shape that timm's metadata promise for an output; None where they do not say."""
     count, _, height, width = images.shape
     if name == "logits":
@@ -913,6 +927,7 @@ def measure_outputs(model, maps, batches: dict, first: dict, device) -> tuple[li
             repeats += [first[name]] if batch == "1" and name in first else []
             repeats = [compare(repeat, output) for repeat in repeats]
             known = [i for i, key in enumerate(keys) if len(images) > 1 and name in alone[key]]
+            singles = [alone[keys[i]][name] for i in known]
             records.append(
                 OutputRecord(
                     name=name,
@@ -927,7 +942,7 @@ def measure_outputs(model, maps, batches: dict, first: dict, device) -> tuple[li
                     std=float(rows.std()),
                     smallest_row_std=float(rows.std(axis=1).min()),
                     closest_rows=closest_rows(rows),
-                    alone=compare(output[known], np.concatenate([alone[keys[i]][name] for i in known])) if known else None,
+                    alone=compare(output[known], np.concatenate(singles)) if known else None,
                     repeat=max(repeats, key=lambda repeat: repeat.max_abs, default=None),
                 )
             )
@@ -945,12 +960,14 @@ def run_batch(model, maps, inputs: torch.Tensor) -> tuple[dict[str, np.ndarray],
 def closest_rows(rows: np.ndarray) -> float:
     """Relative L2 distance between the two most similar rows of (B, K); infinite for one row, NaN where rows are."""
     norms = np.linalg.norm(rows, axis=1)
-    pairs = ((i, j) for i in range(len(rows)) for j in range(i))
-    return min((np.linalg.norm(rows[i] - rows[j]) / max(norms[i], norms[j], 1e-300) for i, j in pairs), default=math.inf)
+    pairs = [(i, j) for i in range(len(rows)) for j in range(i)]
+    distances = [np.linalg.norm(rows[i] - rows[j]) / max(norms[i], norms[j], 1e-300) for i, j in pairs]
+    return min(distances, default=math.inf)
 
 
 def judge_outputs(records: list[OutputRecord], too_large: list[str]) -> list[Entry]:
-    entries = [Entry("", f"{'batch':>8}  {'shape':<17}{'dtype':<9}{'min':>10}{'max':>10}{'mean':>10}{'std':>10}  row against the image alone")]
+    columns = "".join(f"{name:>10}" for name in ("min", "max", "mean", "std"))
+    entries = [Entry("", f"{'batch':>8}  {'shape':<17}{'dtype':<9}{columns}  row against the image alone")]
     for record in records:
         alone = record.alone
         problems = []
@@ -964,29 +981,27 @@ def judge_outputs(records: list[OutputRecord], too_large: list[str]) -> list[Ent
             problems.append(f"different images give the same output (relative distance {record.closest_rows:.1e})")
         outcome = FAIL if problems else PASS
         if alone is not None and (distance := judge_limits(alone, SAME_INPUT_LIMIT)) != PASS:
-            where = f"{row_text(alone.worst_row)} by {alone.worst_rel_l2:.1e}, index {alone.worst_index} by {alone.worst_element:.1e}"
-            problems.append(f"differs from the same image alone: {where} (limit {SAME_INPUT_LIMIT[0]:.1e})")
+            row, index = f"{row_text(alone.worst_row)} by {alone.worst_rel_l2:.1e}", f"index {alone.worst_index}"
+            where = f"{row}, {index} by {alone.worst_element:.1e} (limit {SAME_INPUT_LIMIT[0]:.1e})"
+            problems.append(f"differs from the same image alone: {where}")
             outcome = FAIL if FAIL in (outcome, distance) else WARN
         numbers = "".join(f"{x:>10.4f}" for x in (record.minimum, record.maximum, record.mean, record.std))
         text = f"{record.batch:>8}  {shape_text(record.shape):<17}{record.dtype:<9}{numbers}"
         text += "" if alone is None else f"  {alone.worst_rel_l2:.1e}"
-        problem = f"batch {record.batch}: {'; '.join(problems)}" if problems else ""
+        problem = f"batch {record.batch}: {'; '.join(problems)}"
         advice = "stage 4 compares with the CPU and says where it begins; the device's own log is in ~/ascend/log"
         entries.append(Entry(record.name, text, outcome, problem, advice))
     for batch in too_large:
         entries.append(Entry(f"batch {batch}", "", WARN, OUT_OF_MEMORY, OUT_OF_MEMORY_ADVICE))
-    repeats = [(f"{record.name}, batch {record.batch}", record.repeat) for record in records if record.repeat is not None]
-    entries.append(judge_repeats(repeats))
-    return entries
-
-
-def judge_repeats(repeats: list[tuple[str, Difference]]) -> Entry:
-    """The same computation twice is to be equal bit for bit: stages 2 to 4 ask for deterministic algorithms."""
-    name, worst = max(repeats, key=lambda pair: pair[1].max_abs)
+    # Stages 2 to 4 ask for deterministic algorithms, so the same computation twice is to be equal bit for bit.
+    record = max((record for record in records if record.repeat), key=lambda record: record.repeat.max_abs)
+    worst = record.repeat
     outcome = PASS if worst.equal else FAIL if judge_limits(worst, SAME_INPUT_LIMIT) == FAIL else WARN
-    problem = "" if worst.equal else f"{name}: {row_text(worst.worst_row)} differs by {worst.worst_rel_l2:.1e} the second time"
+    where = f"{record.name}, batch {record.batch}: {row_text(worst.worst_row)}"
+    text = "first call, model(x), forward_head(forward_features(x)): equal bit for bit"
     advice = "the device does not repeat itself, although deterministic algorithms were asked for: is the card healthy?"
-    return Entry("repeat", "first call, model(x), forward_head(forward_features(x)): equal bit for bit", outcome, problem, advice)
+    entries.append(Entry("repeat", text, outcome, f"{where} differs by {worst.worst_rel_l2:.1e} the second time", advice))
+    return entries
 
 
 def shape_text(shape: tuple) -> str:
@@ -1004,7 +1019,7 @@ def row_text(row: tuple[int, ...], seeded: float = math.inf) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def measure_precision(model, device_model, images, device, modes: list[str], gelu: GeluProbe) -> tuple[list[PrecisionRecord], float]:
+def measure_precision(model, device_model, images, device, modes, gelu) -> tuple[list[PrecisionRecord], float]:
     """The same weights and images on the device, in each mode, against the CPU in fp64 and in fp32.
 
     Returns the records, and the seconds that the forward pass on the CPU took in fp32.
@@ -1012,7 +1027,8 @@ def measure_precision(model, device_model, images, device, modes: list[str], gel
     Args:
         model: fp32, on the CPU; device_model: its copy on the device.
         images: (B, 3, H, W) fp32 on the host.
-        modes: keys of OUTPUT_LIMIT. "strict float32" is compared with the form of GELU that the device computes.
+        modes: keys of OUTPUT_LIMIT. "strict float32" is compared with the form of GELU that the device computes,
+            which gelu, a GeluProbe, tells.
     """
     started = time.perf_counter()
     fp32 = forward_outputs(model, images)
@@ -1068,7 +1084,8 @@ def measure_layers(model, device_model, images, device) -> tuple[list[LayerRecor
         uses = {"convolution": torch.nn.Conv2d, "matmul": torch.nn.Linear}
         used = [kind for kind in arithmetic if any(isinstance(part, uses[kind]) for part in module.modules())]
         coarsest = max((arithmetic[kind] for kind in used), key=OPERATOR_LIMIT.get, default="float32")
-        difference = compare(np.atleast_2d(actual), np.atleast_2d(to_host(output)), ELEMENT_FACTOR * OPERATOR_LIMIT[coarsest])
+        actual, expected = np.atleast_2d(actual), np.atleast_2d(to_host(output))
+        difference = compare(actual, expected, ELEMENT_FACTOR * OPERATOR_LIMIT[coarsest])
         return LayerRecord(names[module], type(module).__name__, coarsest, difference)
 
     def before(module, args, kwargs):  # before the CPU's turn, because a module may overwrite its input
@@ -1107,8 +1124,9 @@ def measure_layers(model, device_model, images, device) -> tuple[list[LayerRecor
 def measure_gelu(device: torch.device) -> GeluProbe:
     """Which form of GELU the device computes: CANN's aclnnGelu is the tanh form whatever `approximate` says."""
     x = torch.linspace(-6, 6, 4097)
-    actual = torch.nn.functional.gelu(x.to(device)).cpu().double()
-    errors = [torch.nn.functional.gelu(x.double(), approximate=form).sub(actual).abs().max() for form in ("none", "tanh")]
+    gelu = torch.nn.functional.gelu
+    actual = gelu(x.to(device)).cpu().double()
+    errors = [(gelu(x.double(), approximate=form) - actual).abs().max() for form in ("none", "tanh")]
     return GeluProbe(*(float(error) if torch.isfinite(error) else math.inf for error in errors))
 
 
@@ -1120,11 +1138,12 @@ def with_tanh_gelu(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def mismatch_text(found: Difference, allowed: float, place: str) -> str:
+def mismatch_text(found: Difference, limit: float, place: str) -> str:
     """A mismatch as torch.testing reports it: how many elements, the worst, where, how much was allowed."""
     return (
-        f"{found.mismatched:,} of {found.elements:,} elements are off by more than {allowed:.1e} of their row, the worst"
-        f" by {found.worst_element:.1e} at index {found.worst_index}; worst row {found.worst_rel_l2:.1e} at {place}"
+        f"{found.mismatched:,} of {found.elements:,} elements are off by more than {ELEMENT_FACTOR * limit:.1e} of their"
+        f" row, the worst by {found.worst_element:.1e} at index {found.worst_index}; worst row {found.worst_rel_l2:.1e} at"
+        f" {place}"
     )
 
 
@@ -1139,69 +1158,70 @@ def judge_limits(found: Difference, limits: tuple[float, float]) -> str:
 def judge_precision(records: list[PrecisionRecord], gelu: GeluProbe, device: torch.device) -> list[Entry]:
     advice = "the layers below say where it begins; the device's own log is in ~/ascend/log"
     columns = "".join(f"{name:>10}" for name in ("max abs", "mean abs", "rel L2", "worst row"))
-    entries = [Entry("", f"{device.type + ' against cpu float64':<25}{columns}{'cosine':>11}{'norms':>9}{'x floor':>9}  limit WARN, FAIL")]
+    columns += f"{'cosine':>11}{'norms':>9}{'x floor':>9}  limit WARN, FAIL"
+    entries = [Entry("", f"{device.type + ' against cpu float64':<25}{columns}")]
     for record in records:
-        found, limits = record.difference, OUTPUT_LIMIT[record.mode]
-        outcome = judge_limits(found, limits)
+        found, (warn, fail) = record.difference, OUTPUT_LIMIT[record.mode]
         figures = "".join(f"{x:>10.2e}" for x in (found.max_abs, found.mean_abs, found.rel_l2, found.worst_rel_l2))
-        times = found.rel_l2 / record.floor.rel_l2 if record.floor.rel_l2 else math.inf
-        text = f"{record.mode:<25}{figures}{found.cosine:>11.7f}{found.norm_ratio:>9.5f}{times:>9.3g}  {limits[0]:.1e}, {limits[1]:.1e}"
-        problem = f"{record.mode}: {mismatch_text(found, ELEMENT_FACTOR * limits[0], row_text(found.worst_row, PRECISION_IMAGES))}"
-        entries.append(Entry(record.output, text, outcome, "" if outcome == PASS else problem, advice))
+        floor = found.rel_l2 / record.floor.rel_l2 if record.floor.rel_l2 else math.inf
+        figures += f"{found.cosine:>11.7f}{found.norm_ratio:>9.5f}{floor:>9.3g}  {warn:.1e}, {fail:.1e}"
+        problem = f"{record.mode}: {mismatch_text(found, warn, row_text(found.worst_row, PRECISION_IMAGES))}"
+        outcome = judge_limits(found, (warn, fail))
+        entries.append(Entry(record.output, f"{record.mode:<25}{figures}", outcome, problem, advice))
+
     for record in (record for record in records if record.output == "embedding" and record.mode == "float32"):
         found = record.against_fp32
-        limit = CARD_MAX_ABS * max(1.0, found.reference_rms)
-        for name, value, limit, figures in (
-            ("card's check", found.max_abs, limit, f"max abs {found.max_abs:.2e}, mean abs {found.mean_abs:.2e}"),
-            ("error below 1 %", found.rel_l2, REVIEW_REL_L2, f"rel L2 {found.rel_l2:.2e}"),
-        ):
-            passed = found.finite and value <= limit
-            text = f"embedding, {device.type} float32 against cpu float32: {figures} (limit {limit:.1e})"
-            entries.append(Entry(name, text, PASS if passed else FAIL, "" if passed else "above the limit", advice))
+        what = f"embedding, {device.type} float32 against cpu float32"
+        card_limit = CARD_MAX_ABS * max(1.0, found.reference_rms)
+        text = f"{what}: max abs {found.max_abs:.2e}, mean abs {found.mean_abs:.2e} (limit {card_limit:.1e})"
+        passed = found.finite and found.max_abs <= card_limit
+        entries.append(Entry("card's check", text, verdict(passed), "above the limit", advice))
+        text = f"{what}: rel L2 {found.rel_l2:.2e} (limit {REVIEW_REL_L2:.1e})"
+        passed = found.finite and found.rel_l2 <= REVIEW_REL_L2
+        entries.append(Entry("error below 1 %", text, verdict(passed), "above the limit", advice))
+
     errors = {record.mode: record.difference.rel_l2 for record in records if record.output == "embedding"}
-    if errors.get("float32", 0) > 2 * errors.get("strict float32", math.inf):
-        mode = "HF32" if device.type == "npu" else "TF32"
-        text = f"embedding off by {errors['float32']:.1e} as it is set, by {errors['strict float32']:.1e} without {mode}"
-        text += " and against the same form of GELU" * gelu.is_tanh + "; to switch it off: torch.npu.conv.allow_hf32 = False" * (mode == "HF32")
-        entries.append(Entry(f"explained: {mode}", text))
+    default, strict = errors.get("float32", 0), errors.get("strict float32", math.inf)
+    if default > 2 * strict:
+        mode, switch = ("HF32", "torch.npu.conv.allow_hf32") if device.type == "npu" else ("TF32", "cudnn.allow_tf32")
+        same_gelu = " and with the same form of GELU" if gelu.is_tanh else ""
+        text = f"embedding off by {default:.1e} as it is set, by {strict:.1e} without {mode}{same_gelu}; {switch} = False"
+        entries.append(Entry(f"explained: {mode}", f"{text} switches it off"))
     if gelu.is_tanh:
-        text = f"the device computes the tanh form (off by {gelu.tanh:.1e}; {gelu.erf:.1e} from the erf form); "
-        text += "for erf set TORCH_NPU_USE_COMPATIBLE_IMPL=1 before the start"
-        entries.append(Entry("explained: GELU", text))
+        text = f"the device computes the tanh form (off by {gelu.tanh:.1e}; {gelu.erf:.1e} from the erf form)"
+        entries.append(Entry("explained: GELU", f"{text}; TORCH_NPU_USE_COMPATIBLE_IMPL=1 before the start selects erf"))
     return entries
 
 
 def judge_layers(records: list[LayerRecord], control: LayerRecord, device: torch.device) -> list[Entry]:
-    columns = f"{'modules':>8}{'worst row':>11}{'worst element':>15}  limit WARN, FAIL"
-    entries = [Entry("", f"{'each module on the CPU' + chr(39) + 's inputs':<31}{columns}")]
+    """A line for each kind of module, with the worst of its kind; the first module out of limits is named."""
 
-    def limits(record):
-        return OPERATOR_LIMIT[record.arithmetic], LAYER_FAIL_REL_L2
+    def outcome_of(record):
+        return judge_limits(record.difference, (OPERATOR_LIMIT[record.arithmetic], LAYER_FAIL_REL_L2))
 
     def severity(record):
-        return max(record.difference.worst_rel_l2, record.difference.worst_element / ELEMENT_FACTOR) / limits(record)[0]
+        found = record.difference
+        return max(found.worst_rel_l2, found.worst_element / ELEMENT_FACTOR) / OPERATOR_LIMIT[record.arithmetic]
 
-    first = next((record for record in records if judge_limits(record.difference, limits(record)) != PASS), None)
+    title = "each module on the CPU's inputs"
+    entries = [Entry("", f"{title:<31}{'modules':>8}{'worst row':>11}{'worst element':>15}  limit WARN, FAIL")]
+    first = next((record.name for record in records if outcome_of(record) != PASS), "")
     for kind in dict.fromkeys(record.kind for record in records):
         group = [record for record in records if record.kind == kind]
         worst = max(group, key=severity)
-        found, limit = worst.difference, limits(worst)
-        outcome = judge_limits(found, limit)
-        text = f"{worst.name:<31}{len(group):>8}{found.worst_rel_l2:>11.2e}{found.worst_element:>15.2e}  {limit[0]:.1e}, {limit[1]:.1e}"
-        problem = f"{worst.name}: {mismatch_text(found, ELEMENT_FACTOR * limit[0], f'row {found.worst_row}')}; first out of limits: {first.name if first else ''}"
+        found, warn = worst.difference, OPERATOR_LIMIT[worst.arithmetic]
+        figures = f"{len(group):>8}{found.worst_rel_l2:>11.2e}{found.worst_element:>15.2e}"
+        text = f"{worst.name:<31}{figures}  {warn:.1e}, {LAYER_FAIL_REL_L2:.1e}"
+        mismatch = mismatch_text(found, warn, f"row {found.worst_row}")
+        problem = f"{worst.name}: {mismatch}; first out of limits: {first}"
         advice = f"an operator of {kind} is wrong on {device.type}: run that module alone on both, see ~/ascend/log"
-        entries.append(Entry(kind, text, outcome, "" if outcome == PASS else problem, advice))
-    noticed = judge_limits(control.difference, limits(control)) != PASS
+        entries.append(Entry(kind, text, outcome_of(worst), problem, advice))
+    noticed = outcome_of(control) != PASS
     text = f"weight of {control.name} scaled by {CONTROL_SCALE}: off by {control.difference.worst_rel_l2:.1e}, "
-    entries.append(
-        Entry(
-            "control",
-            text + ("noticed, as it must be" if noticed else "not noticed"),
-            PASS if noticed else FAIL,
-            "" if noticed else "an error of 1 % in a weight matrix was not noticed",
-            "do not trust this validation: its layer check cannot tell",
-        )
-    )
+    text += "noticed, as it must be" if noticed else "not noticed"
+    problem = "an error of 1 % in a weight matrix was not noticed"
+    advice = "do not trust this validation: its layer check cannot tell"
+    entries.append(Entry("control", text, verdict(noticed), problem, advice))
     return entries
 
 
@@ -1243,7 +1263,8 @@ def time_batches(mode, forward, images, device, warmup: int, iters: int, referen
     while (seconds := time.perf_counter() - start) < least or (len(warm) < warmup or not steady) and seconds < most:
         warm.append(time_batch(forward, inputs, device)[1])
         recent, earlier = warm[-STEADY_BATCHES:], warm[-2 * STEADY_BATCHES : -STEADY_BATCHES]
-        steady = len(earlier) == STEADY_BATCHES and abs(statistics.median(recent) / statistics.median(earlier) - 1) < STEADY
+        if len(earlier) == STEADY_BATCHES:
+            steady = abs(statistics.median(recent) / statistics.median(earlier) - 1) < STEADY
 
     host_ms, total_ms, worst, end = [], [], None, time.perf_counter() + TIMED_SECONDS[kind]
     for _ in tqdm(range(iters), desc=f"{mode}, batch {len(images)}", leave=False, disable=None):
@@ -1353,18 +1374,21 @@ def count_flops(model: torch.nn.Module, size: tuple[int, int, int]) -> int | Non
         return None
 
 
-def judge_throughput(timings: list[Timing], flops: int | None, device: torch.device, chip: str, auto: bool = False) -> list[Entry]:
+def judge_throughput(timings: list[Timing], flops: int | None, device, chip: str, auto: bool = False) -> list[Entry]:
     """The table, what it means, a chart, and whether the timed outputs are right.
 
     Args:
         flops: of one image. chip: the device's name, to look up its peak. auto: whether the sizes were searched for.
     """
-    columns = "".join(f"{name:>9}" for name in ("p50 ms", "p90 ms", "p99 ms", "max ms", "spread", "host ms", "limit", "first ms", "TFLOP/s"))
+    names = ("p50 ms", "p90 ms", "p99 ms", "max ms", "spread", "host ms", "limit", "first ms", "TFLOP/s")
+    columns = "".join(f"{name:>9}" for name in names)
     entries = [Entry("", f"{'batch':>6}{'images/s':>11}{columns}{'peak MiB':>10}{'iters':>7}")]
     for timing in timings:
-        if timing.problem == OUT_OF_MEMORY:
-            found = Entry(timing.mode, f"{timing.batch:>6}", WARN, f"batch {timing.batch}: {OUT_OF_MEMORY}", OUT_OF_MEMORY_ADVICE)
-            entries.append(Entry(timing.mode, f"{timing.batch:>6} {OUT_OF_MEMORY}", varies=True) if auto else found)
+        if timing.problem == OUT_OF_MEMORY and auto:
+            entries.append(Entry(timing.mode, f"{timing.batch:>6} {OUT_OF_MEMORY}", varies=True))
+        elif timing.problem == OUT_OF_MEMORY:
+            problem = f"batch {timing.batch}: {OUT_OF_MEMORY}"
+            entries.append(Entry(timing.mode, f"{timing.batch:>6}", WARN, problem, OUT_OF_MEMORY_ADVICE))
         elif timing.problem:
             entries.append(Entry(timing.mode, "", SKIP, timing.problem))
         else:
@@ -1372,58 +1396,74 @@ def judge_throughput(timings: list[Timing], flops: int | None, device: torch.dev
             figures += [f"{timing.spread:.1%}", f"{statistics.median(timing.host_ms):.2f}"]
             figures += ["-" if device.type == "cpu" else "host" if timing.host_share >= HOST_BOUND else "device"]
             figures += [f"{timing.first_ms:.1f}", "-" if flops is None else f"{flops * timing.throughput / 1e12:.3f}"]
+            row = f"{timing.batch:>6}{timing.throughput:>11.2f}{''.join(f'{x:>9}' for x in figures)}"
             peak = "-" if timing.peak_bytes is None else f"{timing.peak_bytes / MIB:.1f}"
-            row = f"{timing.batch:>6}{timing.throughput:>11.2f}{''.join(f'{x:>9}' for x in figures)}{peak:>10}{len(timing.total_ms):>7}"
-            entries.append(Entry(timing.mode, row, varies=True))
+            entries.append(Entry(timing.mode, f"{row}{peak:>10}{len(timing.total_ms):>7}", varies=True))
     timings = [timing for timing in timings if timing.total_ms]
-    for mode in dict.fromkeys(timing.mode for timing in timings):
-        entries += explain_throughput([timing for timing in timings if timing.mode == mode], flops, device, chip)
+    by_mode = {mode: [t for t in timings if t.mode == mode] for mode in dict.fromkeys(t.mode for t in timings)}
+    for group in by_mode.values():
+        entries += explain_throughput(group, flops, device, chip)
     entries += chart(timings)
-    for mode in dict.fromkeys(timing.mode for timing in timings):
-        amp = mode if mode in ("float16", "bfloat16") else None
-        limits = OUTPUT_LIMIT[amp] if amp else SAME_INPUT_LIMIT
-        changed = [timing for timing in timings if timing.mode == mode and timing.difference]
-        worst = max(changed, key=lambda timing: timing.difference.worst_rel_l2, default=None)
-        outcome = judge_limits(worst.difference, limits) if worst else PASS
-        problem = "" if outcome == PASS else f"{mode}, batch {worst.batch}: {row_text(worst.difference.worst_row)} differs by {worst.difference.worst_rel_l2:.1e}"
-        other = f"{mode.split()[0]} without graph" if "graph" in mode else "stage 3, in float32"
-        advice = "the device computes something else under load: run it again, check the card's temperature and memory"
-        entries.append(Entry("timed outputs", f"{mode}: all as those of {other} (limit {limits[0]:.1e})", outcome, problem, advice))
-    return entries
+    return entries + [judge_timed_outputs(mode, group) for mode, group in by_mode.items()]
 
 
-def explain_throughput(timings: list[Timing], flops: int | None, device: torch.device, chip: str) -> list[Entry]:
-    """What the rows of one mode mean: whether a larger batch would help, what limits them, whether they can be trusted."""
-    mode = timings[0].mode
+def judge_timed_outputs(mode: str, timings: list[Timing]) -> Entry:
+    """Whether the timed outputs of one mode are those of its reference: stage 3's, and for a graph those without it."""
+    dtype = mode.split()[0]
+    limits = SAME_INPUT_LIMIT if dtype == "float32" else OUTPUT_LIMIT[dtype]
+    reference = f"{dtype} without graph" if "graph" in mode else "stage 3, in float32"
+    text = f"{mode}: all as those of {reference} (limit {limits[0]:.1e})"
+    advice = "the device computes something else under load: run it again, check the card's temperature and memory"
+    changed = [timing for timing in timings if timing.difference]
+    if not changed:
+        return Entry("timed outputs", text, PASS)
+    worst = max(changed, key=lambda timing: timing.difference.worst_rel_l2)
+    row, error = row_text(worst.difference.worst_row), worst.difference.worst_rel_l2
+    problem = f"{mode}, batch {worst.batch}: {row} differs by {error:.1e}"
+    return Entry("timed outputs", text, judge_limits(worst.difference, limits), problem, advice)
+
+
+def explain_throughput(timings: list[Timing], flops: int | None, device, chip: str) -> list[Entry]:
+    """What the rows of one mode mean: would a larger batch help, what limits them, can they be trusted."""
 
     def sizes(test) -> str:
         return ", ".join(str(timing.batch) for timing in timings if test(timing))
 
     best = max(timings, key=lambda timing: timing.throughput)
     grows = [b.throughput >= SATURATED_GAIN * a.throughput for a, b in zip(timings, timings[1:])]
-    notes = [("best", f"batch {best.batch} with {best.throughput:.2f} images/s; ")]
-    if len(timings) > 1 and all(grows):
-        notes[0] = ("best", notes[0][1] + "the largest that was tried, and throughput still grows: see --batch-sizes auto")
-    elif len(timings) > 1:
-        notes[0] = ("best", notes[0][1] + f"it saturates at batch {timings[grows.index(False)].batch}")
-    peak = FP16_PEAK.get(chip.removesuffix(" (emulated)"))
-    if flops and peak:
-        notes.append(("of the peak", f"{flops * best.throughput / 1e12 / peak:.2%} of the {peak} TFLOP/s that a {chip} has in fp16"))
+    end = ""
+    if grows:
+        saturated = "it saturates at batch {}".format(timings[grows.index(False)].batch) if False in grows else ""
+        end = f"; {saturated or 'the largest that was tried, and throughput still grows: see --batch-sizes auto'}"
+    notes = {"best": f"batch {best.batch} with {best.throughput:.2f} images/s{end}"}
+    if flops and (peak := FP16_PEAK.get(chip.removesuffix(" (emulated)"))):
+        share = flops * best.throughput / 1e12 / peak
+        notes["of the peak"] = f"{share:.2%} of the {peak} TFLOP/s that {chip} has in fp16"
     if device.type != "cpu" and (bound := sizes(lambda timing: timing.host_share >= HOST_BOUND)):
-        notes.append(("host-bound", f"batch {bound}: launching takes over {HOST_BOUND:.0%} of the time, so the device waits; larger batches are nearly free, --graph or a faster CPU help"))
+        notes["host-bound"] = (
+            f"batch {bound}: launching takes over {HOST_BOUND:.0%} of the time, so the device waits; larger batches are"
+            " nearly free, --graph or a faster CPU help"
+        )
     if doubtful := sizes(lambda timing: timing.spread > DOUBTFUL_SPREAD):
-        notes.append(("doubtful", f"batch {doubtful}: spread over {DOUBTFUL_SPREAD:.0%}; is the host or the card shared? bind to cores (CPU_AFFINITY_CONF), raise --iters"))
+        notes["doubtful"] = (
+            f"batch {doubtful}: spread over {DOUBTFUL_SPREAD:.0%}; is the host or the card shared? bind to cores"
+            " (CPU_AFFINITY_CONF), raise --iters"
+        )
     if unsteady := sizes(lambda timing: not timing.steady):
-        notes.append(("not steady", f"batch {unsteady}: the warm-up's time was over before the latency settled to {STEADY:.0%}"))
-    return [Entry(name, f"{mode}: {note}", varies=True) for name, note in notes]
+        notes["not steady"] = f"batch {unsteady}: the warm-up ended before the latency had settled to {STEADY:.0%}"
+    return [Entry(name, f"{timings[0].mode}: {note}", varies=True) for name, note in notes.items()]
 
 
 def chart(timings: list[Timing], width: int = 30) -> list[Entry]:
     """Throughput and median latency of each row as bars, each relative to the longest."""
-    lines = [(f"{timing.mode:<14}{timing.batch:>6}", timing.throughput, statistics.median(timing.total_ms)) for timing in timings]
-    fastest, slowest = (max((line[i] for line in lines), default=1) for i in (1, 2))
-    bars = [(label, "#" * max(1, round(width * a / fastest)), "#" * max(1, round(width * b / slowest))) for label, a, b in lines]
-    return [Entry("", f"{label}  images/s {left:<{width}}  p50 ms {right}", varies=True) for label, left, right in bars]
+    rates = [timing.throughput for timing in timings]
+    times = [statistics.median(timing.total_ms) for timing in timings]
+    entries = []
+    for timing, rate, ms in zip(timings, rates, times):
+        left, right = ("#" * max(1, round(width * x / longest)) for x, longest in ((rate, max(rates)), (ms, max(times))))
+        label = f"{timing.mode:<14}{timing.batch:>6}"
+        entries.append(Entry("", f"{label}  images/s {left:<{width}}  p50 ms {right}", varies=True))
+    return entries
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1465,7 +1505,8 @@ class Report:
     def add(self, entries: list[Entry]) -> None:
         for entry in entries:
             mark = entry.outcome or ("~" if entry.varies else "")
-            self.line(f"{mark:<6}{entry.name:<21} {entry.text}{': ' * bool(entry.text and entry.problem)}{entry.problem}")
+            problem = entry.problem if entry.outcome != PASS else ""
+            self.line(f"{mark:<6}{entry.name:<21} {entry.text}{': ' if entry.text and problem else ''}{problem}")
             if entry.outcome:
                 self.checks.append(entry)
 
@@ -1480,7 +1521,8 @@ class Report:
         except (CannotRun, CardsLost):
             raise
         except Exception as error:
-            self.add([Entry(name, "", FAIL, explain(error), "this stage could not be finished; the device's own log is in ~/ascend/log")])
+            advice = "this stage could not be finished; the device's own log is in ~/ascend/log"
+            self.add([Entry(name, "", FAIL, explain(error), advice)])
 
     def result(self, note: str, strict: bool) -> int:
         """List again what failed or warned, with what to do, then the result. Returns the exit status.
@@ -1493,7 +1535,8 @@ class Report:
                 self.line()
                 self.line(f"{outcome}  {entry.name}: {entry.problem}")
                 self.line(f"      -> {entry.advice}")
-        count = {outcome: sum(entry.outcome == outcome for entry in self.checks) for outcome in (PASS, WARN, FAIL, SKIP)}
+        outcomes = [entry.outcome for entry in self.checks]
+        count = {outcome: outcomes.count(outcome) for outcome in (PASS, WARN, FAIL, SKIP)}
         failed = count[FAIL] or strict and count[WARN]
         self.line()
         self.line(
@@ -1507,7 +1550,8 @@ class Report:
         folder, name = os.path.split(os.path.realpath(path))
         temporary = None
         try:
-            with tempfile.NamedTemporaryFile("w", dir=folder, prefix=f".{name}.", encoding="utf-8", delete=False) as file:
+            prefix = f".{name}."
+            with tempfile.NamedTemporaryFile("w", dir=folder, prefix=prefix, encoding="utf-8", delete=False) as file:
                 temporary = file.name
                 file.writelines(line + "\n" for line in self.lines)
             os.chmod(temporary, 0o644)
@@ -1516,7 +1560,8 @@ class Report:
             with contextlib.suppress(OSError, TypeError):
                 os.unlink(temporary)
             if isinstance(error, OSError):
-                raise CannotRun(f"the log cannot be written to {path}: {error.strerror}; its lines are on stdout") from error
+                reason = f"{error.strerror}; its lines are on stdout"
+                raise CannotRun(f"the log cannot be written to {path}: {reason}") from error
             raise
 
 
@@ -1533,7 +1578,8 @@ class Cards:
     """
 
     def __init__(self) -> None:
-        self.rank, self.size, self.local_rank = (int(os.environ.get(name, d)) for name, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        self.rank, self.local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+        self.size = int(os.environ.get("WORLD_SIZE", 1))
         self.place = f"node {os.environ.get('GROUP_RANK', 0)}"
         self.note = f" and {self.size - 1} more cards" if self.size > 1 else ""
         self.store = None
@@ -1550,20 +1596,25 @@ class Cards:
         if self.size == 1 or name == "cpu":
             return name
         if ":" in name:
-            raise CannotRun(f"under torchrun each process takes the card of its LOCAL_RANK: --device {name.split(':')[0]}, without an index")
+            kind = name.split(":")[0]
+            raise CannotRun(f"under torchrun each process takes the card of its LOCAL_RANK: --device {kind}, without an index")
         return f"{name}:{self.local_rank}"
 
     def absent(self, step: str, seconds: float) -> list[int]:
         """Ranks that have not come to this step, after so many seconds. In slices, so that a signal is handled."""
         self.store.set(f"{step}/{self.rank}", "here")
         end = time.monotonic() + seconds
-        absent = list(range(self.size))
-        while (absent := [rank for rank in absent if not self.store.check([f"{step}/{rank}"])]) and time.monotonic() < end:
+        while True:
+            absent = [rank for rank in range(self.size) if not self.store.check([f"{step}/{rank}"])]
+            if not absent or time.monotonic() > end:
+                return absent
             time.sleep(0.05)
-        return absent
 
     def gather(self, step: str, value) -> list:
-        """Each card's value, once all have come to this step. Raises CardsLost where one does not in nine tenths of --timeout."""
+        """Each card's value, once all have come to this step.
+
+        Raises CardsLost where one has not come in nine tenths of --timeout, before that ends this process, too.
+        """
         if self.size == 1:
             return [value]
         self.report.begin(self.report.doing)
@@ -1608,39 +1659,47 @@ def judge_cards(records: list[CardRecord]) -> list[Entry]:
     """A line for each card, whether their outputs agree, and what they do to each other's throughput."""
     entries = [Entry("", f"{'':<34}{'checks':>8}{'failed':>8}{'warned':>8}{'embedding, worst row':>22}")]
     for record in records:
-        bad = dict.fromkeys(entry.name for outcome in (FAIL, WARN) for entry in record.checks if entry.outcome == outcome)
-        count = {outcome: sum(entry.outcome == outcome for entry in record.checks) for outcome in (FAIL, WARN)}
-        error = next((f"{p.difference.worst_rel_l2:.2e}" for p in record.precision if p.output == "embedding"), "-")
-        text = f"{record.place:<34}{len(record.checks):>8}{count[FAIL]:>8}{count[WARN]:>8}{error:>22}"
-        outcome = FAIL if count[FAIL] else WARN if count[WARN] else PASS
+        names = {outcome: [entry.name for entry in record.checks if entry.outcome == outcome] for outcome in (FAIL, WARN)}
+        errors = [f"{x.difference.worst_rel_l2:.2e}" for x in record.precision if x.output == "embedding"]
+        figures = f"{len(record.checks):>8}{len(names[FAIL]):>8}{len(names[WARN]):>8}{(errors or ['-'])[0]:>22}"
+        outcome = next((outcome for outcome in (FAIL, WARN) if names[outcome]), PASS)
+        problem = f"not passed: {', '.join(dict.fromkeys(names[FAIL] + names[WARN]))}"
         advice = f"run it alone for its whole log, on {record.place}"
-        entries.append(Entry(f"card {record.rank}", text, outcome, f"not passed: {', '.join(bad)}" if bad else "", advice))
+        entries.append(Entry(f"card {record.rank}", f"{record.place:<34}{figures}", outcome, problem, advice))
 
     groups: dict[bytes, list[CardRecord]] = {}
     for record in records:
         groups.setdefault(record.outputs.tobytes(), []).append(record)
     most = max(groups.values(), key=len)
     others = [record for record in records if record not in most]
-    worst = max((compare(record.outputs, most[0].outputs) for record in others), key=lambda found: found.worst_rel_l2, default=None)
-    outcome = PASS if worst is None else FAIL if judge_limits(worst, SAME_INPUT_LIMIT) == FAIL else WARN
-    named = ", ".join(f"card {record.rank}" for record in others)
-    problem = "" if worst is None else f"{named} of {len(records)} differ from the others by {worst.worst_rel_l2:.1e}"
-    if len(most) == len(others):
-        problem += ", and it is not known which are right: see each card's precision"
-    entries.append(Entry("agreement", "same weights, same inputs: outputs equal bit for bit", outcome, problem, "a card that differs corrupts data: take it out of use and run it alone"))
+    text = "same weights, same inputs: outputs equal bit for bit"
+    if others:
+        found = [compare(record.outputs, most[0].outputs) for record in others]
+        outcome = FAIL if FAIL in [judge_limits(difference, SAME_INPUT_LIMIT) for difference in found] else WARN
+        worst = max(difference.worst_rel_l2 for difference in found)
+        named = ", ".join(f"card {record.rank}" for record in others)
+        problem = f"{named} of {len(records)} differ from the others by {worst:.1e}"
+        if len(most) == len(others):
+            problem += ", and it is not known which are right: see each card's precision"
+        advice = "a card that differs corrupts data: take it out of use and run it alone"
+        entries.append(Entry("agreement", text, outcome, problem, advice))
+    else:
+        entries.append(Entry("agreement", text, PASS))
 
     entries.append(Entry("", f"{'':<34}{'batch':>6}{'alone images/s':>16}{'all at once':>13}{'ratio':>7}"))
     for mode in dict.fromkeys(timing.mode for timing in records[0].together):
         sums = [0.0, 0.0]
         for record in records:
-            both = next((t for t in record.together if t.mode == mode and t.total_ms), None)
-            one = next((t for t in record.alone if both and t.mode == mode and t.batch == both.batch and t.total_ms), None)
-            if one:
-                rates = one.throughput, both.throughput
-                sums = [a + b for a, b in zip(sums, rates)]
-                entries.append(Entry(f"card {record.rank}", f"{mode:<34}{one.batch:>6}{rates[0]:>16.2f}{rates[1]:>13.2f}{rates[1] / rates[0]:>7.2f}", varies=True))
+            rates = [timing for timing in record.together if timing.mode == mode and timing.total_ms]
+            rates = [t for t in record.alone if rates and (t.mode, t.batch) == (mode, rates[0].batch)] + rates
+            if len(rates) == 2:
+                alone, together = (timing.throughput for timing in rates)
+                sums = [sums[0] + alone, sums[1] + together]
+                figures = f"{rates[0].batch:>6}{alone:>16.2f}{together:>13.2f}{together / alone:>7.2f}"
+                entries.append(Entry(f"card {record.rank}", f"{mode:<34}{figures}", varies=True))
         if sums[0]:
-            entries.append(Entry("total", f"{mode:<34}{'':>6}{sums[0]:>16.2f}{sums[1]:>13.2f}{sums[1] / sums[0]:>7.2f}", varies=True))
+            figures = f"{'':>6}{sums[0]:>16.2f}{sums[1]:>13.2f}{sums[1] / sums[0]:>7.2f}"
+            entries.append(Entry("total", f"{mode:<34}{figures}", varies=True))
     return entries
 
 
@@ -1676,7 +1735,7 @@ def parse_log(name: str, lines: list[str]) -> Log:
     head, *blocks = "\n".join(lines).split("\n\n")
     blocks = [head] + [block for block in blocks if re.match(r"\[\d/\d\]", block)]
     stable = [line for block in blocks for line in block.splitlines() if not line.startswith("~")]
-    experiment = [line for line in stable if line.startswith(("validate_npu:", "options:")) or re.match(" +(device |(weights|inputs) SHA)", line)]
+    experiment = [line for line in stable if re.match("validate_npu:|options:| +(device |(weights|inputs) SHA)", line)]
     checks, timings = {}, {}
     for block in blocks:
         stage, *lines = block.splitlines()
@@ -1708,8 +1767,10 @@ def compare_logs(old: Log, new: Log, max_slowdown: float) -> list[Entry]:
             lost.append(f"{key[1]} of {key[0]}")
         elif (PASS, SKIP, WARN, FAIL).index(after[:4]) > (PASS, SKIP, WARN, FAIL).index(before[:4]):
             worse.append(f"{key[1]}: {before[:4]} -> {after[:4]}")
-        elif increase := next((ab for ab in zip(error_figures(before), error_figures(after)) if ab[1] > max(ROUNDING, (1 + ERROR_GROWTH) * ab[0])), None):
-            grown.append(f"{' '.join(before[6:45].split())}: {increase[0]:.1e} -> {increase[1]:.1e}")
+        else:
+            errors = zip(error_figures(before), error_figures(after))
+            larger = [f"{a:.1e} -> {b:.1e}" for a, b in errors if b > max(ROUNDING, (1 + ERROR_GROWTH) * a)]
+            grown += [f"{' '.join(before[6:45].split())}: {larger[0]}"] if larger else []
     for (mode, batch), (before, spread) in old.timings.items():
         if (mode, batch) not in new.timings:
             lost.append(f"the time of {mode}, batch {batch}")
@@ -1722,15 +1783,20 @@ def compare_logs(old: Log, new: Log, max_slowdown: float) -> list[Entry]:
             slower.append(f"{mode}, batch {batch}: {before:.2f} -> {after:.2f} ms")
     diff = difflib.unified_diff(old.stable, new.stable, lineterm="", n=0)
     diff = [line for line in diff if not line.startswith(("---", "+++", "@@"))]
+    what_changed = "see what changed between the two runs: stage 1's versions, the lines below"
+    other_experiment = "two different experiments: what is worse below may be due to that"
+    not_slower = f"no batch takes longer by more than {max_slowdown:g}% and the spreads"
     judged = [
-        ("experiment", "model, device, options, weights, inputs", WARN, other, "two different experiments: what is worse below may be due to that"),
+        ("experiment", "model, device, options, weights, inputs", WARN, other, other_experiment),
         ("checks", "each is still there", WARN if other else FAIL, lost, "the new run did not do all that the old one did"),
-        ("outcomes", "none is worse", FAIL, worse, "see what changed between the two runs: stage 1's versions, the lines below"),
-        ("errors", f"none is larger by more than {ERROR_GROWTH:.0%}", FAIL, grown, "see what changed between the two runs: stage 1's versions, the lines below"),
-        ("speed", f"no batch takes longer by more than {max_slowdown:g}% and the spreads", FAIL, slower, "is the host or the card shared with other work? else see what changed: stage 1's versions, the lines below"),
-    ]  # fmt: skip
-    entries = [Entry("", f"{'batch':>6}{'old ms':>9}{'new ms':>9}{'throughput':>12}{'longer':>10}{'allowed':>10}"), *rows]
-    entries += [Entry(name, text, outcome if found else PASS, "; ".join(found), advice) for name, text, outcome, found, advice in judged]
+        ("outcomes", "none is worse", FAIL, worse, what_changed),
+        ("errors", f"none is larger by more than {ERROR_GROWTH:.0%}", FAIL, grown, what_changed),
+        ("speed", not_slower, FAIL, slower, f"is the host or the card shared with other work? else {what_changed}"),
+    ]
+    columns = f"{'old ms':>9}{'new ms':>9}{'throughput':>12}{'longer':>10}{'allowed':>10}"
+    entries = [Entry("", f"{'batch':>6}{columns}"), *rows]
+    for name, text, outcome, found, advice in judged:
+        entries.append(Entry(name, text, outcome if found else PASS, "; ".join(found), advice))
     entries.append(Entry("changed lines", f"{len(diff)}: - old, + new" if diff else "none"))
     return entries + [Entry("", f"{line[0]} {line[1:]}") for line in diff]
 
@@ -1763,13 +1829,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--model", default=DEFAULT_MODEL, metavar="NAME", help="a timm model (default: %(default)s)")
-    add("--device", default="npu", type=device, help="npu[:i], cpu (a rehearsal), cuda[:i] or another accelerator (default: %(default)s)")
-    add("--weights", default="pretrained", metavar="WHICH", help="pretrained, random or a file: .safetensors or a state dict (default: %(default)s)")
-    add("--batch-sizes", default=DEFAULT_BATCH_SIZES, type=size, nargs="+", metavar="N", help="or auto: doubled until it gains nothing (default: 1 4 8 16)")
-    add("--warmup", default=10, type=integer(0), metavar="N", help="batches before the timed ones (default: %(default)s)")
+    add("--device", default="npu", type=device, help="npu[:i], cpu (a rehearsal), cuda[:i], ... (default: %(default)s)")
+    add("--weights", default="pretrained", metavar="WHICH", help="pretrained, random or a file (default: %(default)s)")
+    sizes_help = "or auto: doubled until it gains nothing (default: 1 4 8 16)"
+    add("--batch-sizes", default=DEFAULT_BATCH_SIZES, type=size, nargs="+", metavar="N", help=sizes_help)
+    add("--warmup", default=10, type=integer(0), metavar="N", help="least batches before the timed ones (default: 10)")
     add("--iters", default=100, type=integer(1), metavar="N", help="timed batches of each size (default: %(default)s)")
     add("--image", default=[], nargs="+", metavar="FILE", help="pictures to validate beside the seeded random images")
-    add("--amp", default=[], nargs="+", choices=["float16", "bfloat16"], help="also validate and time under autocast in these types")
+    add("--amp", default=[], nargs="+", choices=["float16", "bfloat16"], help="also validate and time under autocast")
     add("--graph", action="store_true", help="also time the forward pass captured as an NPU (or CUDA) graph")
     add("--rope-bf16", action="store_true", help="RoPE periods in bfloat16's precision, as the original DINOv3 has them")
     add("--strict", action="store_true", help="a WARN also ends with exit status 1")
@@ -1777,7 +1844,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--baseline", metavar="OLD.txt", help="compare with an earlier log; exit status 1 where something became worse")
     add("--compare", nargs=2, metavar=("OLD.txt", "NEW.txt"), help="only compare two logs, without a run")
     add("--max-slowdown", default=10.0, type=float, metavar="PERCENT", help="that a comparison allows (default: 10)")
-    add("--timeout", default=1800, type=integer(1), metavar="SECONDS", help="end the run when a stage takes longer (default: %(default)s)")
+    add("--timeout", default=1800, type=integer(1), metavar="SECONDS", help="of a stage, which ends the run (default: 1800)")
     add("--output", default="validation_output.txt", metavar="FILE", help="the log (default: %(default)s)")
     options = parser.parse_args(argv)
     if "auto" in options.batch_sizes and len(options.batch_sizes) > 1:
@@ -1815,9 +1882,10 @@ def watch(report: Report, seconds: float) -> None:
             if select.select([receiver], [], [], left)[0]:
                 number = receiver.recv(1)[0]
                 time.sleep(GRACE_SECONDS)
-                os._exit(not_run(f"interrupted by {signal.Signals(number).name}; stage {report.doing} hangs", 128 + number))
-        message = f"error: stage {report.doing} takes longer than --timeout {seconds:g} s: does the device hang? check npu-smi info"
-        os._exit(not_run(message, 2))
+                name = signal.Signals(number).name
+                os._exit(not_run(f"interrupted by {name}; stage {report.doing} hangs", 128 + number))
+        advice = "does the device hang? check npu-smi info"
+        os._exit(not_run(f"error: stage {report.doing} takes longer than --timeout {seconds:g} s: {advice}", 2))
 
     receiver, sender = socket.socketpair()
     sender.setblocking(False)
@@ -1854,7 +1922,8 @@ def check_hub(options: argparse.Namespace) -> None:
         reason = getattr(error, "reason", error)
         if isinstance(error, urllib.error.HTTPError) or isinstance(reason, ssl.SSLError):
             return  # it does answer; certificates are the client's business
-        print(f"validate_npu.py: {hub} does not answer ({reason}): looking for the weights in its cache only", file=sys.stderr)
+        message = f"{hub} does not answer ({reason}): looking for the weights in its cache only"
+        print(f"validate_npu.py: {message}", file=sys.stderr)
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 
@@ -1880,7 +1949,8 @@ def main(argv: list[str] | None = None) -> int:
         number = interrupted.args[0]
         if number == signal.SIGTERM and (lost := cards.roll_call()):
             return finish_without(lost, report, options)
-        return not_run(f"interrupted by {signal.Signals(number).name} in stage {report.doing}", 128 + number, report.quiet)
+        message = f"interrupted by {signal.Signals(number).name} in stage {report.doing}"
+        return not_run(message, 128 + number, report.quiet)
     except SystemExit as end:  # argparse has told what is wrong with the arguments, or printed the help
         if end.code:
             say("RESULT: NOT RUN  (exit status 2; an earlier log is left as it was)")
@@ -1923,7 +1993,8 @@ def validate(report: Report, cards: Cards, options: argparse.Namespace) -> int:
     record = None
     with report.stage("model"):
         started = time.perf_counter()
-        model = cards.once_per_host("model", load_model, options.model, options.weights, options.seed, options.rope_bf16)
+        wanted = options.model, options.weights, options.seed, options.rope_bf16
+        model = cards.once_per_host("model", load_model, *wanted)
         load_seconds = time.perf_counter() - started
         auto = options.batch_sizes == ["auto"]
         batches = make_batches(model, DEFAULT_BATCH_SIZES if auto else options.batch_sizes, options.image, options.seed)
@@ -1939,7 +2010,8 @@ def validate(report: Report, cards: Cards, options: argparse.Namespace) -> int:
     direct = {}
     with report.stage("outputs"):
         maps = feature_extractor(options.model, model, options.rope_bf16)
-        outputs, direct = measure_outputs(device_model, maps.to(device) if maps else None, batches, record.first_outputs, device)
+        maps = maps.to(device) if maps else None
+        outputs, direct = measure_outputs(device_model, maps, batches, record.first_outputs, device)
         report.add(judge_outputs(outputs, [batch for batch in batches if batch not in direct]))
 
     precision = []
@@ -1949,7 +2021,8 @@ def validate(report: Report, cards: Cards, options: argparse.Namespace) -> int:
         arithmetic = {*fp32_arithmetic(device).values()}
         modes = ["float32", *(["strict float32"] if arithmetic and "float16" not in arithmetic else [])]
         modes += [dtype for dtype in options.amp if computes_in(device, dtype)]
-        report.add([Entry(dtype, "", SKIP, f"{device} does not compute in it") for dtype in options.amp if dtype not in modes])
+        missing = [dtype for dtype in options.amp if dtype not in modes]
+        report.add([Entry(dtype, "", SKIP, f"{device} does not compute in it") for dtype in missing])
         started = time.perf_counter()
         gelu = measure_gelu(device)
         precision, cpu_seconds = measure_precision(model, device_model, inputs, device, modes, gelu)
@@ -1957,23 +2030,27 @@ def validate(report: Report, cards: Cards, options: argparse.Namespace) -> int:
         reference = with_tanh_gelu(model) if gelu.is_tanh else model
         report.add(judge_layers(*measure_layers(reference, device_model, inputs[:LAYER_IMAGES], device), device))
         seconds = time.perf_counter() - started
-        report.add([Entry("this stage", f"{seconds:.1f} s, {seconds / cpu_seconds:.1f} forward passes on the CPU", varies=True)])
+        text = f"{seconds:.1f} s, {seconds / cpu_seconds:.1f} forward passes on the CPU"
+        report.add([Entry("this stage", text, varies=True)])
 
     torch.use_deterministic_algorithms(False)
     modes = ["float32", *(dtype for dtype in options.amp if computes_in(device, dtype))]
     modes += [f"{mode} graph" for mode in modes if options.graph and device.type != "cpu"]
     size, first = tuple(batches["1"].shape[1:]), record.first_outputs
-    stage3 = max((direct[name] for name in direct if name != "pictures"), key=len, default=first.get("logits", first["embedding"]))
+    first = first.get("logits", first["embedding"])
+    stage3 = max((direct[name] for name in direct if name != "pictures"), key=len, default=first)
 
     def measure(sizes):
-        timings = measure_throughput(device_model, sizes, modes, size, options.seed, stage3, device, options.warmup, options.iters)
+        how = modes, size, options.seed, stage3, device, options.warmup, options.iters
+        timings = measure_throughput(device_model, sizes, *how)
         synchronize(device)  # a fault that is first seen when python exits would come after the verdict
         return timings
 
     alone = []
     for _ in cards.turns():
         with report.stage("throughput"):
-            report.add([Entry("graph", "", SKIP, "a CPU has no graphs to capture")] if options.graph and device.type == "cpu" else [])
+            if options.graph and device.type == "cpu":
+                report.add([Entry("graph", "", SKIP, "a CPU has no graphs to capture")])
             alone = measure(options.batch_sizes)
             report.add(judge_throughput(alone, count_flops(model, size), device, chip_name(device), auto))
     if cards.size > 1:
@@ -1982,9 +2059,9 @@ def validate(report: Report, cards: Cards, options: argparse.Namespace) -> int:
             largest = max((timing.batch for timing in alone if timing.total_ms), default=1)
             cards.gather("ready", None)
             together = measure([largest])
-        record = CardRecord(cards.rank, f"{cards.place} {device} {chip_name(device)}", stage3, precision, report.checks, alone, together)
-        records = cards.gather("end", record)
-        report.add(judge_cards(records))
+        place = f"{cards.place} {device} {chip_name(device)}"
+        mine = CardRecord(cards.rank, place, stage3, precision, report.checks, alone, together)
+        report.add(judge_cards(cards.gather("end", mine)))
 
     if baseline:
         report.line()
@@ -2003,8 +2080,9 @@ def finish(report: Report, note: str, options: argparse.Namespace) -> int:
 def finish_without(lost: list[int], report: Report, options: argparse.Namespace) -> int:
     """The log of a run under torchrun that cards dropped out of: what there is of it, and which they are."""
     report.line()
+    problem = f"does not answer since stage {report.doing}: it died or hangs"
     advice = "see that process's own messages above, the card's log in ~/ascend/log, and npu-smi info"
-    report.add([Entry(f"card {rank}", "", FAIL, f"does not answer since stage {report.doing}: it died or hangs", advice) for rank in lost])
+    report.add([Entry(f"card {rank}", "", FAIL, problem, advice) for rank in lost])
     return finish(report, "", options)
 
 

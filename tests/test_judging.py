@@ -225,7 +225,8 @@ TIMED = v.Timing("float32", 1, host_ms=(1.0, 1.0), total_ms=(2.0, 2.0))
         ("float32", NAN, FAIL),
         ("float16", differs(5e-3), PASS),  # half precision against stage 3's fp32
         ("float16", differs(5e-2), FAIL),
-        ("float16 graph", differs(5e-3), FAIL),  # a graph against the same mode without
+        ("float32 graph", differs(5e-3), FAIL),  # a graph against the same mode without
+        ("float16 graph", differs(5e-2), FAIL),
     ],
 )
 def test_timed_outputs_are_judged_by_the_limit_of_their_mode(mode, difference, outcome):
