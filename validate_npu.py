@@ -1068,6 +1068,7 @@ def measure_layers(model, device_model, images, device) -> tuple[list[LayerRecor
 
     Returns the records and the control's record.
     """
+    tree_map_only = torch.utils._pytree.tree_map_only
     passive = (torch.nn.Identity, torch.nn.Dropout, torch.nn.ModuleList, torch.nn.Sequential, torch.nn.Flatten)
     names = {m: name for name, m in model.named_modules() if name and not isinstance(m, passive)}
     matrices = [m for m in names if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))]
@@ -1076,7 +1077,8 @@ def measure_layers(model, device_model, images, device) -> tuple[list[LayerRecor
     records, control, pending = [], [], []
 
     def on_device(module, args, kwargs):
-        args, kwargs = torch.utils._pytree.tree_map_only(torch.Tensor, lambda x: x.to(device), (args, kwargs))
+        # A copy also where the device is the CPU: a module may overwrite its input.
+        args, kwargs = tree_map_only(torch.Tensor, lambda x: x.to(device, copy=True), (args, kwargs))
         output = device_model.get_submodule(names[module])(*args, **kwargs)
         return to_host(output) if isinstance(output, torch.Tensor) else None
 
