@@ -3,6 +3,7 @@
 
     python validate_npu.py                                   # npu:0, pretrained weights
     python validate_npu.py --device cpu --weights random     # rehearsal without an NPU
+    torchrun --nproc-per-node 8 validate_npu.py              # every card of a host
 
 Five stages run in sequence: device, model, outputs, precision, throughput. Each measures, and returns records; then
 its judge_ function compares the records with limits, and the report prints the outcome: PASS, WARN (worth a look),
@@ -11,7 +12,7 @@ runs on one host differ only in lines that begin with ~:
 
     diff -I '^~' OLD.txt validation_output.txt
 
-Exit status: 0 every check passed, 1 a check failed, 2 the run could not be done.
+Exit status: 0 no check failed, 1 a check failed, 2 the run could not be done, 130 or 143 a signal ended it.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ STAGES = ("device", "model", "outputs", "precision", "throughput")
 # Constants and limits
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Relative error that Huawei's operator precision standard admits for a single operator, by the arithmetic that it uses for
-# fp32. The standard is element-wise; here the norm of the reference is the denominator, because features cross zero.
+# Relative error that Huawei's operator precision standard admits for a single operator, by the arithmetic that it uses
+# for fp32. It is element-wise; here the norm of the reference is the denominator, because features cross zero.
 OPERATOR_LIMIT = {"float32": 2**-13, "HF32": 2**-11, "TF32": 2**-11, "float16": 2**-10}
 
 # A single module of the device, on the CPU's own inputs. WARN: the standard above, by the type that it computes in.
@@ -56,10 +57,10 @@ LAYER_FAIL_REL_L2 = 2**-8
 # L2 limits: the largest of a million normally distributed errors is 5 times their RMS, and tails are heavier.
 ELEMENT_FACTOR = 32
 
-# The whole model, relative L2 error of the worst row against fp64 on the CPU, (WARN, FAIL). WARN is 16 and FAIL 64 units
-# of roundoff of the type, HF32 for fp32: healthy are 4 units in fp16, 6 in bf16 (measured on this model on a CPU), and 7
-# in HF32 (the card's Ascend910B4, of the order of 1.5e-3). For fp32 reviewers of adaptations ask for "error below 1 %".
-# Strict fp32 has neither HF32 nor another form of GELU to excuse it: four times the standard, for the depth.
+# The whole model, relative L2 error of the worst row against fp64 on the CPU, (WARN, FAIL). WARN is 16 and FAIL 64
+# units of roundoff of the type, HF32 for fp32: healthy are 4 units in fp16, 6 in bf16 (measured on this model on a
+# CPU), and 7 in HF32 (the card's Ascend910B4, of the order of 1.5e-3). For fp32 reviewers of adaptations ask for "error
+# below 1 %". Strict fp32 has neither HF32 nor another GELU to excuse it: four times the standard, for the depth.
 OUTPUT_LIMIT = {
     "float32": (2**-8, 1e-2),
     "strict float32": (2**-11, 1e-2),
@@ -85,12 +86,12 @@ DISTINCT_REL_L2 = 1e-5
 ROW_NORM_FLOOR = 0.1
 
 PRECISION_IMAGES = 4  # seeded images in stage 4; a fp64 forward pass on the CPU is the cost of each
-LAYER_IMAGES = 2  # of these, for the comparison of each module; so the stage takes less than ten forward passes on the CPU
+LAYER_IMAGES = 2  # of these, for the comparison of each module, so that the stage takes ten forward passes on the CPU
 PROBE_SIZE = 512  # rows and columns of the matrix product that stage 1 computes
 
 DEFAULT_BATCH_SIZES = [1, 4, 8, 16]
-# Least and most time of the warm-up of each batch size, and most time of its timed batches. Least, because a card idles at
-# a low clock, where it is steady, too; most, because a CPU rehearsal is to end in about a minute.
+# Least and most time of the warm-up of each batch size, and most time of its timed batches. Least, because a card idles
+# at a low clock, where it is steady, too; most, because a CPU rehearsal is to end in about a minute.
 WARMUP_SECONDS = {"cpu": (0.5, 1.0), "accelerator": (1.0, 60.0)}
 TIMED_SECONDS = {"cpu": 5.0, "accelerator": 60.0}
 STEADY = 0.02  # the warm-up ends when the median of STEADY_BATCHES differs by less from that of as many before
@@ -101,8 +102,14 @@ SATURATED_GAIN = 1.05  # --batch-sizes auto ends where twice the batch gives les
 MAX_AUTO_BATCH = 1024  # ... or here
 # TFLOP/s of the matrix unit in fp16: cores x frequency x 8192, from CANN's platform_config. No official figure for HF32
 # is known, so the share of this one is shown whatever the mode.
-FP16_PEAK = {"Ascend910B1": 363.7, "Ascend910B2": 353.9, "Ascend910B3": 294.9, "Ascend910B4": 245.8, "Ascend310P3": 69.5}
-# Between two logs an error is worse when it grew by more than this, and is above what rounding in fp32 gives (64 units).
+FP16_PEAK = {
+    "Ascend910B1": 363.7,
+    "Ascend910B2": 353.9,
+    "Ascend910B3": 294.9,
+    "Ascend910B4": 245.8,
+    "Ascend310P3": 69.5,
+}
+# Between two logs an error is worse when it grew by more than this, and is above rounding in fp32 (64 units).
 ERROR_GROWTH = 0.1
 ROUNDING = 2**-17
 MIB = 2**20
@@ -268,7 +275,7 @@ class Timing:
     total_ms: tuple[float, ...] = ()  # of each batch, until the device had finished
     peak_bytes: int | None = None
     output: np.ndarray | None = None  # of the last batch
-    difference: Difference | None = None  # of the timed output that is furthest from its reference; None where all are equal
+    difference: Difference | None = None  # of the timed output that is furthest from its reference; None: all are equal
     problem: str = ""
 
     @property
@@ -437,7 +444,7 @@ def chip_name(device: torch.device) -> str:
 
 
 def jit_compile_state(device: torch.device) -> str:
-    """On, torch_npu compiles kernels for each new shape; off, CANN's own precompiled ones serve (the default from 910B on)."""
+    """On: kernels are compiled for each new shape; off, the default from the 910B on: CANN's precompiled ones serve."""
     return "" if device.type != "npu" else f", jit_compile {'off' if torch.npu.is_jit_compile_false() else 'on'}"
 
 
@@ -456,7 +463,7 @@ def strict_fp32(device: torch.device):
 
 
 def computes_in(device: torch.device, dtype: str) -> bool:
-    """Whether the device has this type for autocast: bfloat16 begins with the Ascend 910B, and is not on a 910A or 310P."""
+    """Whether the device has this type for autocast: bfloat16 begins with the Ascend 910B; not on a 910A or 310P."""
     if dtype != "bfloat16" or device.type == "cpu":
         return True
     return getattr(torch.get_device_module(device.type), "is_bf16_supported", lambda: True)()
@@ -499,7 +506,7 @@ def compare(actual: np.ndarray, reference: np.ndarray, allowed: float = math.inf
     """Compare an output with its reference, row by row, in float64.
 
     Args:
-        actual, reference: arrays of one shape, (images, ...). Rows are the tokens of a (B, N, C) array, else the images.
+        actual, reference: of one shape, (images, ...). Rows are the tokens of a (B, N, C) array, else the images.
         allowed: elements whose relative error is larger are counted as mismatched.
 
     The relative L2 error of a row is ||a - r|| / max(||r||, ROW_NORM_FLOOR * rms of all ||r||), and that of an element
@@ -693,7 +700,7 @@ def load_model(name: str, weights: str, seed: int, rope_bf16: bool = False) -> t
 
 
 def truncate_rope_periods(model: torch.nn.Module) -> None:
-    """Round the RoPE periods to bfloat16, in place: so the original DINOv3 stores them, while timm computes them in fp32."""
+    """Round the RoPE periods to bfloat16, in place: so the original DINOv3 stores them; timm computes them in fp32."""
     modules = [module for module in model.modules() if isinstance(getattr(module, "periods", None), torch.Tensor)]
     if not modules:
         raise CannotRun("--rope-bf16: this model has no RoPE periods")
@@ -706,7 +713,7 @@ def draw_weights(model: torch.nn.Module, seed: int) -> None:
 
     As timm initialises them, LayerScale (1e-5) or zeroed BatchNorms all but switch the blocks off, and 0.02-wide
     matrices make attention uniform: wrong operators would not reach the output. So matrices keep the variance of their
-    input (LeCun: 1 / fan-in), scales are in [0.5, 1], biases are small, and tokens and position embeddings are of order 1.
+    input (LeCun: 1 / fan-in), scales are in [0.5, 1], biases small, tokens and position embeddings of order 1.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -722,7 +729,7 @@ def draw_weights(model: torch.nn.Module, seed: int) -> None:
 
 
 def load_weights_file(model: torch.nn.Module, path: str) -> None:
-    """Load a local checkpoint: .safetensors, or a PyTorch state dict that loads with weights_only, so that no code runs.
+    """Load a local checkpoint: .safetensors, or a state dict that loads with weights_only, so that no code runs.
 
     Original key names are converted where timm has a filter for the model. Raises CannotRun when the file is missing,
     damaged, no plain tensors, or of another model.
@@ -808,7 +815,7 @@ def sha256(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def measure_model(model, device_model, batches: dict[str, torch.Tensor], device: torch.device) -> ModelRecord:
-    """Hashes of the experiment, and the first forward pass on the device, in which every operator must have a kernel."""
+    """Hashes of the experiment, and the first forward pass on the device, where every operator must have a kernel."""
     started = time.perf_counter()
     first_outputs = forward_outputs(device_model, batches["1"].to(device))
     first_call_seconds = time.perf_counter() - started
@@ -897,7 +904,7 @@ def expected_shape(name: str, model, maps, images: torch.Tensor) -> tuple | None
     return None
 
 
-def measure_outputs(model, maps, batches: dict, first: dict, device) -> tuple[list[OutputRecord], dict[str, np.ndarray]]:
+def measure_outputs(model, maps, batches, first, device) -> tuple[list[OutputRecord], dict[str, np.ndarray]]:
     """Run every batch on the device, and every image alone, and describe what comes out.
 
     Returns the records, and model(x) for each batch that fitted into the device's memory.
@@ -997,10 +1004,10 @@ def judge_outputs(records: list[OutputRecord], too_large: list[str]) -> list[Ent
     record = max((record for record in records if record.repeat), key=lambda record: record.repeat.max_abs)
     worst = record.repeat
     outcome = PASS if worst.equal else FAIL if judge_limits(worst, SAME_INPUT_LIMIT) == FAIL else WARN
-    where = f"{record.name}, batch {record.batch}: {row_text(worst.worst_row)}"
+    problem = f"{record.name}, batch {record.batch}: {row_text(worst.worst_row)} differs by {worst.worst_rel_l2:.1e}"
     text = "first call, model(x), forward_head(forward_features(x)): equal bit for bit"
     advice = "the device does not repeat itself, although deterministic algorithms were asked for: is the card healthy?"
-    entries.append(Entry("repeat", text, outcome, f"{where} differs by {worst.worst_rel_l2:.1e} the second time", advice))
+    entries.append(Entry("repeat", text, outcome, f"{problem} the second time", advice))
     return entries
 
 
@@ -1017,6 +1024,13 @@ def row_text(row: tuple[int, ...], seeded: float = math.inf) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Stage 4: precision
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def precision_modes(device: torch.device, amp: list[str]) -> list[str]:
+    """Keys of OUTPUT_LIMIT. fp32 can be strict where the device has switches for it, and fp32 in its matrix unit."""
+    arithmetic = set(fp32_arithmetic(device).values())
+    strict = ["strict float32"] if arithmetic and "float16" not in arithmetic else []
+    return ["float32", *strict, *(dtype for dtype in amp if computes_in(device, dtype))]
 
 
 def measure_precision(model, device_model, images, device, modes, gelu) -> tuple[list[PrecisionRecord], float]:
@@ -1060,7 +1074,7 @@ def measure_precision(model, device_model, images, device, modes, gelu) -> tuple
 
 
 def measure_layers(model, device_model, images, device) -> tuple[list[LayerRecord], LayerRecord]:
-    """Run every module that does work also on the device, on the CPU's own inputs, so that an error shows where it arises.
+    """Run every module that does work also on the device, on the CPU's own inputs: an error shows where it arises.
 
     One forward pass on the CPU with hooks; nothing is kept but figures. Composite modules (attention, MLP, blocks) are
     run as a whole too, because what they compute between their parts is in no other module. In the same pass the weight
@@ -1142,11 +1156,9 @@ def with_tanh_gelu(model: torch.nn.Module) -> torch.nn.Module:
 
 def mismatch_text(found: Difference, limit: float, place: str) -> str:
     """A mismatch as torch.testing reports it: how many elements, the worst, where, how much was allowed."""
-    return (
-        f"{found.mismatched:,} of {found.elements:,} elements are off by more than {ELEMENT_FACTOR * limit:.1e} of their"
-        f" row, the worst by {found.worst_element:.1e} at index {found.worst_index}; worst row {found.worst_rel_l2:.1e} at"
-        f" {place}"
-    )
+    many = f"{found.mismatched:,} of {found.elements:,} elements are off by more than {ELEMENT_FACTOR * limit:.1e}"
+    worst = f"the worst by {found.worst_element:.1e} at index {found.worst_index}"
+    return f"{many} of their row, {worst}; worst row {found.worst_rel_l2:.1e} at {place}"
 
 
 def judge_limits(found: Difference, limits: tuple[float, float]) -> str:
@@ -1187,11 +1199,12 @@ def judge_precision(records: list[PrecisionRecord], gelu: GeluProbe, device: tor
     if default > 2 * strict:
         mode, switch = ("HF32", "torch.npu.conv.allow_hf32") if device.type == "npu" else ("TF32", "cudnn.allow_tf32")
         same_gelu = " and with the same form of GELU" if gelu.is_tanh else ""
-        text = f"embedding off by {default:.1e} as it is set, by {strict:.1e} without {mode}{same_gelu}; {switch} = False"
-        entries.append(Entry(f"explained: {mode}", f"{text} switches it off"))
+        text = f"embedding off by {default:.1e} as it is set, by {strict:.1e} without {mode}{same_gelu}"
+        entries.append(Entry(f"explained: {mode}", f"{text}; {switch} = False switches it off"))
     if gelu.is_tanh:
         text = f"the device computes the tanh form (off by {gelu.tanh:.1e}; {gelu.erf:.1e} from the erf form)"
-        entries.append(Entry("explained: GELU", f"{text}; TORCH_NPU_USE_COMPATIBLE_IMPL=1 before the start selects erf"))
+        text += "; TORCH_NPU_USE_COMPATIBLE_IMPL=1 before the start selects erf"
+        entries.append(Entry("explained: GELU", text))
     return entries
 
 
@@ -1233,7 +1246,7 @@ def judge_layers(records: list[LayerRecord], control: LayerRecord, device: torch
 
 
 def time_batch(forward, inputs: torch.Tensor, device: torch.device) -> tuple[float, float, torch.Tensor]:
-    """One forward pass: milliseconds until everything was launched, milliseconds until the device had finished, output."""
+    """One forward pass: milliseconds until everything was launched, until the device had finished, and the output."""
     start = time.perf_counter()
     output = forward(inputs)
     if device.type != "cpu":
@@ -1252,7 +1265,7 @@ def time_batches(mode, forward, images, device, warmup: int, iters: int, referen
         images: (B, 3, H, W) on the host.
         warmup: least number of batches before the timed ones; they go on until it is steady, within WARMUP_SECONDS.
         iters: timed batches; TIMED_SECONDS ends them early.
-        reference: outputs of the first len(reference) images; each timed output is compared with it, while no clock runs.
+        reference: outputs of the first len(reference) images, compared with each timed output while no clock runs.
     """
     from tqdm import tqdm
 
@@ -1325,7 +1338,7 @@ def measure_throughput(model, sizes, modes, size, seed, stage3: np.ndarray, devi
         sizes: batch sizes, or ["auto"]: doubled until throughput gains less than SATURATED_GAIN or memory ends.
         modes: "float32", "float16", ...; with " graph" behind it, as a captured graph, after the same mode without.
         size: of one image, (3, H, W).
-        stage3: model(x) of the first images in fp32. Graphs are compared with the same mode without, the others with this.
+        stage3: model(x) of the first images in fp32. Graphs are compared with the mode without, the others with this.
     """
     timings, eager = [], {}
     for mode in modes:
@@ -1462,7 +1475,7 @@ def chart(timings: list[Timing], width: int = 30) -> list[Entry]:
     times = [statistics.median(timing.total_ms) for timing in timings]
     entries = []
     for timing, rate, ms in zip(timings, rates, times):
-        left, right = ("#" * max(1, round(width * x / longest)) for x, longest in ((rate, max(rates)), (ms, max(times))))
+        left, right = ("#" * max(1, round(width * part)) for part in (rate / max(rates), ms / max(times)))
         label = f"{timing.mode:<14}{timing.batch:>6}"
         entries.append(Entry("", f"{label}  images/s {left:<{width}}  p50 ms {right}", varies=True))
     return entries
@@ -1575,31 +1588,37 @@ class Report:
 class Cards:
     """The processes that torchrun started, one for each card, as one of them sees them; without torchrun there is one.
 
-    Numbers go through gloo. Who has arrived goes through the store that torchrun keeps, so that a card that died or hangs
-    is known by its rank.
+    Numbers go through gloo. Who has arrived goes through the store that torchrun keeps, so that a card that died or
+    hangs is known by its rank.
     """
 
     def __init__(self) -> None:
-        self.rank, self.local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
-        self.size = int(os.environ.get("WORLD_SIZE", 1))
+        torchrun = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}  # a cluster may set WORLD_SIZE without it
+        self.rank, self.local_rank = (int(torchrun.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+        self.size = int(torchrun.get("WORLD_SIZE", 1))
         self.place = f"node {os.environ.get('GROUP_RANK', 0)}"
         self.note = f" and {self.size - 1} more cards" if self.size > 1 else ""
         self.store = None
 
     def connect(self, report: Report, seconds: float) -> None:
+        """Raises CannotRun where the processes do not find each other."""
         self.report, self.seconds = report, seconds
-        if self.size > 1:
-            host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            own = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        if self.size == 1:
+            return
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        own = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        try:
             self.store = torch.distributed.TCPStore(host, port, self.size, own)
             torch.distributed.init_process_group("gloo", store=self.store, rank=self.rank, world_size=self.size)
+        except RuntimeError as error:
+            raise CannotRun(f"torchrun's processes do not find each other: {first_line(error)}") from error
 
     def device_name(self, name: str) -> str:
         if self.size == 1 or name == "cpu":
             return name
         if ":" in name:
-            kind = name.split(":")[0]
-            raise CannotRun(f"under torchrun each process takes the card of its LOCAL_RANK: --device {kind}, without an index")
+            use = f"--device {name.split(':')[0]}, without an index"
+            raise CannotRun(f"under torchrun each process takes the card of its LOCAL_RANK: {use}")
         return f"{name}:{self.local_rank}"
 
     def absent(self, step: str, seconds: float) -> list[int]:
@@ -1623,7 +1642,10 @@ class Cards:
         if lost := self.absent(step, 0.9 * self.seconds):
             raise CardsLost(lost)
         values = [None] * self.size
-        torch.distributed.all_gather_object(values, value)
+        try:
+            torch.distributed.all_gather_object(values, value)
+        except RuntimeError as error:  # one died on the way
+            raise CardsLost(self.roll_call()) from error
         return values
 
     def roll_call(self) -> list[int]:
@@ -1661,7 +1683,7 @@ def judge_cards(records: list[CardRecord]) -> list[Entry]:
     """A line for each card, whether their outputs agree, and what they do to each other's throughput."""
     entries = [Entry("", f"{'':<34}{'checks':>8}{'failed':>8}{'warned':>8}{'embedding, worst row':>22}")]
     for record in records:
-        names = {outcome: [entry.name for entry in record.checks if entry.outcome == outcome] for outcome in (FAIL, WARN)}
+        names = {word: [entry.name for entry in record.checks if entry.outcome == word] for word in (FAIL, WARN)}
         errors = [f"{x.difference.worst_rel_l2:.2e}" for x in record.precision if x.output == "embedding"]
         figures = f"{len(record.checks):>8}{len(names[FAIL]):>8}{len(names[WARN]):>8}{(errors or ['-'])[0]:>22}"
         outcome = next((outcome for outcome in (FAIL, WARN) if names[outcome]), PASS)
@@ -1790,7 +1812,7 @@ def compare_logs(old: Log, new: Log, max_slowdown: float) -> list[Entry]:
     not_slower = f"no batch takes longer by more than {max_slowdown:g}% and the spreads"
     judged = [
         ("experiment", "model, device, options, weights, inputs", WARN, other, other_experiment),
-        ("checks", "each is still there", WARN if other else FAIL, lost, "the new run did not do all that the old one did"),
+        ("checks", "each is still there", WARN if other else FAIL, lost, "the new run did not do all of the old one"),
         ("outcomes", "none is worse", FAIL, worse, what_changed),
         ("errors", f"none is larger by more than {ERROR_GROWTH:.0%}", FAIL, grown, what_changed),
         ("speed", not_slower, FAIL, slower, f"is the host or the card shared with other work? else {what_changed}"),
@@ -1840,13 +1862,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--image", default=[], nargs="+", metavar="FILE", help="pictures to validate beside the seeded random images")
     add("--amp", default=[], nargs="+", choices=["float16", "bfloat16"], help="also validate and time under autocast")
     add("--graph", action="store_true", help="also time the forward pass captured as an NPU (or CUDA) graph")
-    add("--rope-bf16", action="store_true", help="RoPE periods in bfloat16's precision, as the original DINOv3 has them")
+    add("--rope-bf16", action="store_true", help="round the RoPE periods to bfloat16, as the original DINOv3")
     add("--strict", action="store_true", help="a WARN also ends with exit status 1")
     add("--seed", default=0, type=integer(0), metavar="N", help="of random images and weights (default: %(default)s)")
     add("--baseline", metavar="OLD.txt", help="compare with an earlier log; exit status 1 where something became worse")
     add("--compare", nargs=2, metavar=("OLD.txt", "NEW.txt"), help="only compare two logs, without a run")
     add("--max-slowdown", default=10.0, type=float, metavar="PERCENT", help="that a comparison allows (default: 10)")
-    add("--timeout", default=1800, type=integer(1), metavar="SECONDS", help="of a stage, which ends the run (default: 1800)")
+    add("--timeout", default=1800, type=integer(1), metavar="SECONDS", help="for one stage (default: 1800)")
     add("--output", default="validation_output.txt", metavar="FILE", help="the log (default: %(default)s)")
     options = parser.parse_args(argv)
     if "auto" in options.batch_sizes and len(options.batch_sizes) > 1:
@@ -1906,9 +1928,9 @@ def not_run(message: str, status: int, quiet: bool = False) -> int:
 
 
 def check_hub(options: argparse.Namespace) -> None:
-    """Where the hub does not answer in HUB_SECONDS, use only its cache: its client would go on for minutes without a word.
+    """Where the hub does not answer in HUB_SECONDS, use only its cache: its client would try for minutes.
 
-    To be called before huggingface_hub is imported. Behind a proxy, which may be one for that client only, nothing is done.
+    To be called before huggingface_hub is imported. Behind a proxy, which may be for that client only, nothing is done.
     """
     import http.client
     import ssl
@@ -1939,7 +1961,8 @@ def main(argv: list[str] | None = None) -> int:
         if options.compare:
             return compare_files(*options.compare, report, options)
         watch(report, options.timeout)
-        check_paths(options)
+        if cards.rank == 0:  # which alone writes
+            check_paths(options)
         check_hub(options)
         import_packages()
         return validate(report, cards, options)
@@ -2004,9 +2027,12 @@ def validate(report: Report, cards: Cards, options: argparse.Namespace) -> int:
         record = measure_model(model, device_model, batches, device)
         report.add(judge_model(record, describe_weights(model, options.weights, options.seed), load_seconds, device))
 
-    if record is None:
-        report.add([Entry(stage, "", SKIP, f"the model does not run on {device}") for stage in STAGES[2:]])
-        cards.gather("end", None)
+    if broken := [rank for rank, runs in enumerate(cards.gather("model runs", record is not None)) if not runs]:
+        where = str(device) if cards.size == 1 else ", ".join(f"card {rank}" for rank in broken)
+        problem, advice = "the model does not run on it", "run it alone for its whole log"
+        others = [rank for rank in broken if rank != cards.rank]
+        report.add([Entry(stage, "", SKIP, f"the model does not run on {where}") for stage in STAGES[2:]])
+        report.add([Entry(f"card {rank}", "", FAIL, problem, advice) for rank in others])
         return finish(report, note, options)
 
     direct = {}
@@ -2020,9 +2046,7 @@ def validate(report: Report, cards: Cards, options: argparse.Namespace) -> int:
     with report.stage("precision"):
         inputs = draw_images(PRECISION_IMAGES, batches["1"].shape[1:], options.seed)
         inputs = torch.cat([inputs, batches["pictures"]]) if options.image else inputs
-        arithmetic = {*fp32_arithmetic(device).values()}
-        modes = ["float32", *(["strict float32"] if arithmetic and "float16" not in arithmetic else [])]
-        modes += [dtype for dtype in options.amp if computes_in(device, dtype)]
+        modes = precision_modes(device, options.amp)
         missing = [dtype for dtype in options.amp if dtype not in modes]
         report.add([Entry(dtype, "", SKIP, f"{device} does not compute in it") for dtype in missing])
         started = time.perf_counter()
@@ -2084,7 +2108,8 @@ def finish_without(lost: list[int], report: Report, options: argparse.Namespace)
     report.line()
     problem = f"does not answer since stage {report.doing}: it died or hangs"
     advice = "see that process's own messages above, the card's log in ~/ascend/log, and npu-smi info"
-    report.add([Entry(f"card {rank}", "", FAIL, problem, advice) for rank in lost])
+    names = [f"card {rank}" for rank in lost] or ["a card"]  # all may answer the roll call, and one drop out after it
+    report.add([Entry(name, "", FAIL, problem, advice) for name in names])
     return finish(report, "", options)
 
 

@@ -1,6 +1,7 @@
 """What the tests share: the script as a user runs it, and its functions for direct tests."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,9 @@ class Run:
     def __init__(self, arguments, folder, env=None, launcher=()):
         self.log_path = Path(folder) / "validation_output.txt"
         command = [sys.executable, *map(str, launcher), str(SCRIPT), *map(str, arguments)]
-        done = subprocess.run(command, cwd=folder, env=os.environ | (env or {}), capture_output=True, text=True, timeout=600)
+        done = subprocess.run(
+            command, cwd=folder, env=os.environ | (env or {}), capture_output=True, text=True, timeout=600
+        )
         self.status, self.stdout, self.stderr = done.returncode, done.stdout, done.stderr
         self.log = self.log_path.read_text("utf-8") if self.log_path.exists() else None
 
@@ -33,6 +36,14 @@ class Run:
     @property
     def result(self):
         return self.log.splitlines()[-1]
+
+
+def table(log):
+    """The rows of stage 5: (mode, batch) -> figures by the header's names."""
+    section = log[log.index("[5/5]") :].splitlines()
+    names = [name.replace(" ", "_") for name in re.split(r"\s+(?!ms|MiB)", section[1].strip())]
+    rows = (re.match(r"~ +(\w+(?: graph)?) +(\d+ +[\d.]+ .*)", line) for line in section)
+    return {(row[1], int(row[2].split()[0])): dict(zip(names, row[2].split())) for row in rows if row}
 
 
 REHEARSAL = ("--device", "cpu", "--weights", "random", "--warmup", "1", "--iters", "3")

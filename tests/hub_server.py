@@ -1,7 +1,8 @@
 """A model hub on loopback: the part of huggingface.co's protocol that hf_hub_download speaks, for one repository.
 
-The client asks HEAD /REPOSITORY/resolve/main/FILE for the commit, the ETag (the file's SHA-256) and the length, then GETs
-the same address, or goes on with a Range of it. Errors name their kind in X-Error-Code. `behaviour` chooses what goes wrong.
+The client asks HEAD /REPOSITORY/resolve/main/FILE for the commit, the ETag (the file's SHA-256) and the length, then
+GETs the same address, or goes on with a Range of it. Errors name their kind in X-Error-Code. `behaviour` chooses what
+goes wrong.
 """
 
 import hashlib

@@ -561,7 +561,10 @@ def test_hang(results):
 
 def test_fallback_is_a_warning(results):
     assert found(results, "fallback")["i0"] == 0
-    assert "The operator 'aten::i0.out' is not currently supported on the NPU backend" in results["fallback"].result().errors
+    assert (
+        "The operator 'aten::i0.out' is not currently supported on the NPU backend"
+        in results["fallback"].result().errors
+    )
 
 
 @pytest.mark.parametrize("name, library", [("without cann", "libhccl.so"), ("without driver", "libascend_hal.so")])
@@ -623,7 +626,9 @@ def test_malformed_knob(knob, value, message):
 def test_knob_for_an_operator_that_is_not_there(knob, value):
     load = "import ctypes, torch; ctypes.CDLL('libopapi.so')"
     variables = {**environment(), "TORCH_DEVICE_BACKEND_AUTOLOAD": "0", f"ASCEND_EMULATOR_{knob}": value}
-    result = subprocess.run([sys.executable, "-c", load], env={**os.environ, **variables}, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", load], env={**os.environ, **variables}, capture_output=True, text=True
+    )
     assert (result.returncode, "there is no operator 'Addm'" in result.stderr) == (2, True)
 
 

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -44,7 +45,9 @@ def test_two_healthy_cards_pass_and_agree(validate):
     rows = re.findall(r"^~ +(card 0|card 1|total) +float32 +(?:2 +)?([\d.]+) +([\d.]+) +([\d.]+)$", done.log, re.M)
     assert [row[0] for row in rows] == ["card 0", "card 1", "total"]
     alone, together = (sum(float(row[i]) for row in rows[:2]) for i in (1, 2))
-    assert float(rows[2][1]) == pytest.approx(alone, abs=0.02) and float(rows[2][2]) == pytest.approx(together, abs=0.02)
+    assert float(rows[2][1]) == pytest.approx(alone, abs=0.02) and float(rows[2][2]) == pytest.approx(
+        together, abs=0.02
+    )
     assert done.stdout.count("RESULT: ") == done.stdout.count("[1/5] device") == 1, "one process prints"
 
 
@@ -66,7 +69,10 @@ def test_the_card_that_corrupts_data_is_named(validate):
 def test_two_cards_that_differ_are_both_in_question(validate):
     done = validate(2, FAULT="Addmm:scale=1.01,device=1")
     assert done.status == 1
-    assert "card 1 of 2 differ from the others" in done.log and "it is not known which are right: see each card's precision" in done.log
+    assert (
+        "card 1 of 2 differ from the others" in done.log
+        and "it is not known which are right: see each card's precision" in done.log
+    )
 
 
 def test_a_card_that_does_not_start_ends_the_run_on_all(validate):
@@ -77,12 +83,20 @@ def test_a_card_that_does_not_start_ends_the_run_on_all(validate):
     assert done.log == OLD_LOG
 
 
+def test_a_card_that_cannot_run_the_model_is_named(validate):
+    done = validate(2, FAULT="LayerNorm:error=507015,device=1")
+    assert done.status == 1
+    assert re.search(r"^FAIL  card 1: the model does not run on it$", done.log, re.M), done.stdout + done.stderr
+
+
 def test_a_card_that_hangs_is_named_in_the_log(validate):
     start = time.monotonic()
     done = validate(2, "--timeout", "15", FAULT="Addmm:hang,from=60,device=1")
     assert time.monotonic() - start < 90
     assert done.status != 0
-    assert re.search(r"^FAIL  card 1: does not answer since stage \w+: it died or hangs$", done.log, re.M), done.stdout + done.stderr
+    assert re.search(r"^FAIL  card 1: does not answer since stage \w+: it died or hangs$", done.log, re.M), (
+        done.stdout + done.stderr
+    )
     assert done.result.startswith("RESULT: FAIL")
 
 
@@ -90,7 +104,10 @@ def process_of(rank, parent):
     """The process that torchrun started for this rank."""
     for status in Path("/proc").glob("[0-9]*/environ"):
         try:
-            if f"\0RANK={rank}\0".encode() in status.read_bytes() and f"PPid:\t{parent}\n" in (status.parent / "status").read_text():
+            if (
+                f"\0RANK={rank}\0".encode() in status.read_bytes()
+                and f"PPid:\t{parent}\n" in (status.parent / "status").read_text()
+            ):
                 return int(status.parent.name)
         except OSError:
             continue
@@ -100,7 +117,9 @@ def process_of(rank, parent):
 def start(folder, cards, env):
     (folder / "validation_output.txt").write_text(OLD_LOG)
     command = [sys.executable, *map(str, torchrun(cards)), SCRIPT, *SMALL, "--iters", "100"]
-    return subprocess.Popen(command, cwd=folder, env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=folder, env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def test_a_killed_rank_ends_the_run_and_is_named_in_the_log(tmp_path):
@@ -128,9 +147,30 @@ def test_ctrl_c_ends_all_and_leaves_the_log(tmp_path):
     assert (tmp_path / "validation_output.txt").read_text() == OLD_LOG
 
 
+def test_cards_of_two_hosts_are_told_apart(tmp_path):
+    """Two torchruns on one machine stand for two hosts, each with an npu:0."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    master = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(port)]
+    env = os.environ | environment() | {"OMP_NUM_THREADS": "1"}
+    hosts = []
+    for node in ("0", "1"):
+        (tmp_path / node).mkdir()
+        command = [sys.executable, "-m", "torch.distributed.run", *master, "--node-rank", node, SCRIPT, *SMALL]
+        hosts.append(subprocess.Popen(command, cwd=tmp_path / node, env=env, stdout=subprocess.PIPE, text=True))
+    assert [(host.communicate(timeout=200), host.returncode)[1] for host in hosts] == [0, 0]
+    log = (tmp_path / "0" / "validation_output.txt").read_text()
+    assert re.search(r"^PASS  card 0 +node 0 npu:0 .*\nPASS  card 1 +node 1 npu:0 ", log, re.M), log
+    assert not (tmp_path / "1" / "validation_output.txt").exists(), "one log, written by card 0"
+
+
 def test_under_torchrun_the_device_has_no_index(validate):
     done = validate(2, "--device", "npu:1")
-    assert done.status != 0 and "error: under torchrun each process takes the card of its LOCAL_RANK: --device npu, without" in done.stderr
+    assert (
+        done.status != 0
+        and "error: under torchrun each process takes the card of its LOCAL_RANK: --device npu, without" in done.stderr
+    )
 
 
 def test_weights_are_downloaded_once_per_host(tmp_path):

@@ -15,7 +15,12 @@ def slower(factor):
     """A change of a log: its median times, and with them nothing else."""
 
     def change(log):
-        return re.sub(r"^(~ +float32 +\d+ +[\d.]+ +)([\d.]+)", lambda row: f"{row[1]}{float(row[2]) * factor:.2f}", log, flags=re.M)
+        return re.sub(
+            r"^(~ +float32 +\d+ +[\d.]+ +)([\d.]+)",
+            lambda row: f"{row[1]}{float(row[2]) * factor:.2f}",
+            log,
+            flags=re.M,
+        )
 
     return change
 
@@ -34,9 +39,17 @@ def steady(log):
         (slower(1.2), 1, r"FAIL  speed .*: float32, batch 1: "),
         (lambda log: log.replace("PASS  repeat", "WARN  repeat", 1), 1, r"FAIL  outcomes .*: repeat: PASS -> WARN"),
         (lambda log: log.replace("PASS  control", "FAIL  control", 1), 1, r"FAIL  outcomes .*: control: PASS -> FAIL"),
-        (lambda log: re.sub(r"(PASS  embedding +float32 +)\S+", r"\g<1>3.00e-03", log), 1, r"FAIL  errors .*: embedding float32"),
+        (
+            lambda log: re.sub(r"(PASS  embedding +float32 +)\S+", r"\g<1>3.00e-03", log),
+            1,
+            r"FAIL  errors .*: embedding float32",
+        ),
         (lambda log: re.sub(r"PASS  control.*\n", "", log), 1, r"FAIL  checks .*: control of \[4/5\] precision"),
-        (lambda log: re.sub(r"~ +float32 +3 .*\n", "", log, count=1), 1, r"FAIL  checks .*: the time of float32, batch 3"),
+        (
+            lambda log: re.sub(r"~ +float32 +3 .*\n", "", log, count=1),
+            1,
+            r"FAIL  checks .*: the time of float32, batch 3",
+        ),
         (lambda log: log.replace("numpy    ", "numpy   9"), 0, r" +\+  +numpy +9"),
         (lambda log: log.replace("test_vit", "test_vit2"), 0, r"WARN  experiment .*: validate_npu: test_vit2 on cpu"),
         (lambda log: re.sub(r"(weights SHA-256 +)....", r"\g<1>0000", log), 0, r"WARN  experiment .*: weights SHA-256"),
@@ -53,7 +66,10 @@ def test_what_became_worse_fails_and_what_differs_is_shown(rehearsal, run, tmp_p
 
 
 def test_errors_that_are_rounding_may_grow():
-    old, new = (v.parse_log("", f"head\n\n[3/5] outputs\nPASS  tokens   4  2x3  float32  0.1  {error}".splitlines()) for error in ("0.0e+00", "3.1e-06"))
+    old, new = (
+        v.parse_log("", f"head\n\n[3/5] outputs\nPASS  tokens   4  2x3  float32  0.1  {error}".splitlines())
+        for error in ("0.0e+00", "3.1e-06")
+    )
     assert all(entry.outcome != v.FAIL for entry in v.compare_logs(old, new, 10))
 
 

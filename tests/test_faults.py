@@ -76,7 +76,9 @@ def test_the_log_names_the_kind_of_module_where_it_arises(runs, operator, kind, 
     run = runs[f"{operator}:{kind}"]
     table = run.log[run.log.index("[4/5]") :]
     if module is None:
-        assert re.search(r"^(FAIL|WARN)  embedding", table, re.M) and not re.search(r"^(FAIL|WARN)  tokens", table, re.M)
+        assert re.search(r"^(FAIL|WARN)  embedding", table, re.M) and not re.search(
+            r"^(FAIL|WARN)  tokens", table, re.M
+        )
     else:
         assert re.search(rf"^(FAIL|WARN)  {module} ", table, re.M), table
 
@@ -84,7 +86,9 @@ def test_the_log_names_the_kind_of_module_where_it_arises(runs, operator, kind, 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_an_operator_that_fails_is_named(runs, operator):
     run = runs[f"{operator}:error=507015"]
-    assert run.status == 1 and f"aclnn{operator} failed on the device" in run.stdout + run.stderr, run.stdout + run.stderr
+    assert run.status == 1 and f"aclnn{operator} failed on the device" in run.stdout + run.stderr, (
+        run.stdout + run.stderr
+    )
 
 
 def test_the_readme_shows_what_is_caught(runs):
@@ -125,9 +129,16 @@ def test_strict_makes_a_warning_fail(run):
 
 @pytest.mark.parametrize(
     ("fault", "module"),
-    [("Neg:scale=1.01", "EvaAttention"), ("Gelu:scale=1.01", "GELU"), ("Add:element=1", "EvaAttention"), ("Sin:scale=1.01", "RotaryEmbeddingDinoV3")],
+    [
+        ("Neg:scale=1.01", "EvaAttention"),
+        ("Gelu:scale=1.01", "GELU"),
+        ("Add:element=1", "EvaAttention"),
+        ("Sin:scale=1.01", "RotaryEmbeddingDinoV3"),
+    ],
 )
 def test_faults_are_flagged_on_the_default_model_too(run, fault, module):
-    done = run("--weights", "random", "--batch-sizes", "1", "--warmup", "0", "--iters", "1", env=environment(FAULT=fault))
+    done = run(
+        "--weights", "random", "--batch-sizes", "1", "--warmup", "0", "--iters", "1", env=environment(FAULT=fault)
+    )
     assert noticed(done) in ("FAIL", "WARN")
     assert re.search(rf"^(FAIL|WARN)  {module} ", done.log, re.M), done.log

@@ -1,4 +1,4 @@
-"""Interruptions and hostile conditions: real signals, a device that hangs, a full disk. The previous log stays as it was."""
+"""Interruptions and hostile conditions: real signals, a device that hangs, a full disk. The previous log stays."""
 
 import os
 import re
@@ -58,7 +58,9 @@ def test_a_signal_ends_the_run_at_any_stage(tmp_path, stage, number):
     run.process.send_signal(number)
     assert run.end() == 128 + number
     lines = [line for line in run.stderr.splitlines() if line.startswith("validate_npu.py: ")]
-    assert len(lines) == 1 and re.fullmatch(rf"validate_npu.py: interrupted by {number.name} in stage \w+", lines[0]), run.stderr
+    assert len(lines) == 1 and re.fullmatch(rf"validate_npu.py: interrupted by {number.name} in stage \w+", lines[0]), (
+        run.stderr
+    )
     assert "Traceback" not in run.stderr
     assert run.last_line == f"RESULT: NOT RUN  (exit status {128 + number}; an earlier log is left as it was)"
     assert run.log == OLD_LOG and not run.half_files
@@ -121,7 +123,12 @@ def test_a_stdout_that_is_closed_early_does_not_end_the_run(tmp_path, reader):
 
 
 def test_without_a_stdout_the_log_is_written(tmp_path):
-    done = subprocess.run(["bash", "-c", '"$@" >&-', "bash", sys.executable, SCRIPT, *SMALL], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        ["bash", "-c", '"$@" >&-', "bash", sys.executable, SCRIPT, *SMALL],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert "RESULT: PASS" in (tmp_path / "validation_output.txt").read_text("utf-8")
 

@@ -150,12 +150,23 @@ def test_a_wrong_matrix_product_fails(probe, outcome):
     assert outcomes(v.judge_device(dataclasses.replace(DEVICE, probe=probe), CPU)) == [outcome]
 
 
-MODEL = v.ModelRecord(1, {"input_size": (3, 8, 8), "interpolation": "bicubic", "crop_pct": 1.0, "mean": (0.5,), "std": (0.5,)}, "a", "a", "b", 0.1, {})
+MODEL = v.ModelRecord(
+    1,
+    {"input_size": (3, 8, 8), "interpolation": "bicubic", "crop_pct": 1.0, "mean": (0.5,), "std": (0.5,)},
+    "a",
+    "a",
+    "b",
+    0.1,
+    {},
+)
 
 
 @pytest.mark.parametrize(("read_back", "outcome"), [("a", PASS), ("c", FAIL)])
 def test_weights_that_do_not_come_back_as_they_went_fail(read_back, outcome):
-    assert outcomes(v.judge_model(dataclasses.replace(MODEL, device_sha256=read_back), "random", 0.1, CPU)) == [outcome, SKIP]
+    assert outcomes(v.judge_model(dataclasses.replace(MODEL, device_sha256=read_back), "random", 0.1, CPU)) == [
+        outcome,
+        SKIP,
+    ]
 
 
 @pytest.mark.parametrize(("difference", "outcome"), [(EQUAL, PASS), (GOOD, PASS), (BAD, FAIL), (NAN, FAIL)])
@@ -173,7 +184,10 @@ def test_each_mode_has_its_limits_and_warns_before_it_fails(mode):
         assert outcomes(v.judge_precision([record], ERF, CPU)) == [outcome]
 
 
-@pytest.mark.parametrize(("probe", "is_tanh"), [(ERF, False), (TANH, True), (v.GeluProbe(1e-2, 9e-3), False), (v.GeluProbe(math.inf, math.inf), False)])
+@pytest.mark.parametrize(
+    ("probe", "is_tanh"),
+    [(ERF, False), (TANH, True), (v.GeluProbe(1e-2, 9e-3), False), (v.GeluProbe(math.inf, math.inf), False)],
+)
 def test_only_a_gelu_that_is_close_to_the_tanh_form_is_explained_by_it(probe, is_tanh):
     assert probe.is_tanh == is_tanh
 

@@ -47,7 +47,12 @@ def test_another_seed_is_another_experiment(rehearsal, run):
 
 def test_a_photograph_goes_through_the_models_own_transforms(run):
     with matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=True) as photograph:
-        done = run(*SMALL, "--image", photograph.name, photograph.name.replace("grace_hopper.jpg", "Minduka_Present_Blue_Pack.png"))
+        done = run(
+            *SMALL,
+            "--image",
+            photograph.name,
+            photograph.name.replace("grace_hopper.jpg", "Minduka_Present_Blue_Pack.png"),
+        )
     assert done.status == 0, done.stdout
     pictures = [line for line in done.log.splitlines() if " pictures " in line and line.startswith("PASS")]
     assert any("2x101x64" in line for line in pictures), "tokens of two pictures"
@@ -62,7 +67,9 @@ def test_a_resnet_passes_and_what_it_lacks_is_left_out(run):
     assert re.search(r"PASS  feature map 5 +2  2x512x7x7 ", done.log)
 
 
-@pytest.mark.parametrize("model", ["test_convnext", "test_efficientnet", "test_nfnet", "test_vit4", "swin_tiny_patch4_window7_224"])
+@pytest.mark.parametrize(
+    "model", ["test_convnext", "test_efficientnet", "test_nfnet", "test_vit4", "swin_tiny_patch4_window7_224"]
+)
 def test_other_families_pass(run, model):
     done = run(*REHEARSAL, "--model", model, "--batch-sizes", "1", "2")
     assert done.status == 0, done.stdout

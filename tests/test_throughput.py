@@ -12,18 +12,10 @@ import types
 import pytest
 import validate_npu as v
 from ascend_emulator import environment
-from conftest import ROOT, SMALL
+from conftest import ROOT, SMALL, table
 
 WITH_TEST_MODELS = ROOT / "tests" / "with_test_models.py"
 TINY = ("--model", "test_tiny_vit", "--weights", "random", "--warmup", "0", "--iters", "5")
-
-
-def table(log):
-    """Rows of stage 5: (mode, batch) -> figures by the header's names."""
-    section = log[log.index("[5/5]") :].splitlines()
-    names = [name.replace(" ", "_") for name in re.split(r"\s+(?!ms|MiB)", section[1].strip())]
-    rows = (re.match(r"~ +(\w+(?: graph)?) +(\d+ +[\d.]+ .*)", line) for line in section)
-    return {(row[1], int(row[2].split()[0])): dict(zip(names, row[2].split())) for row in rows if row}
 
 
 @pytest.fixture
@@ -84,7 +76,9 @@ def test_sizes_that_do_not_reach_the_limit_are_not_called_the_best(emulated):
 
 
 def test_auto_ends_where_memory_does(run):
-    done = run(*SMALL, "--device", "npu", "--batch-sizes", "auto", env=environment(MEMORY="40M", KERNEL_TIME="Convolution=50"))
+    done = run(
+        *SMALL, "--device", "npu", "--batch-sizes", "auto", env=environment(MEMORY="40M", KERNEL_TIME="Convolution=50")
+    )
     assert done.status == 0, done.stdout
     assert re.search(r"^~ +float32 +\d+ out of device memory$", done.log, re.M)
     assert " 0 warned" in done.result
@@ -146,7 +140,11 @@ def test_flops_are_those_of_the_matrix_products_and_convolutions(model):
             module(torch.zeros(1, *size))
     finally:
         timm.layers.set_fused_attn(True)
-    seen = sum(event.flops for event in profile.events() if event.name in ("aten::conv2d", "aten::addmm", "aten::mm", "aten::bmm"))
+    seen = sum(
+        event.flops
+        for event in profile.events()
+        if event.name in ("aten::conv2d", "aten::addmm", "aten::mm", "aten::bmm")
+    )
     assert v.count_flops(module, size) == pytest.approx(seen, rel=0.01)
 
 
@@ -173,12 +171,20 @@ NO_FASTER = v.Timing("float32", 16, host_ms=(1.0,) * 5, total_ms=(19.9,) * 5)  #
 @pytest.mark.parametrize(
     ("timings", "name", "text"),
     [
-        ([MEASURED, FASTER], "best", "batch 8 with 800.00 images/s; the largest that was tried, and throughput still grows"),
+        (
+            [MEASURED, FASTER],
+            "best",
+            "batch 8 with 800.00 images/s; the largest that was tried, and throughput still grows",
+        ),
         ([MEASURED, FASTER, NO_FASTER], "best", "batch 16 with 804.02 images/s; it saturates at batch 8"),
         ([MEASURED], "of the peak", "1.63% of the 245.8 TFLOP/s"),
         ([MEASURED, FASTER], "host-bound", "batch 4: launching takes over 80% of the time"),
         ([FASTER], "host-bound", None),
-        ([dataclasses.replace(MEASURED, total_ms=(8.0, 8.0, 10.0, 12.0, 12.0))], "doubtful", "batch 4: spread over 10%"),
+        (
+            [dataclasses.replace(MEASURED, total_ms=(8.0, 8.0, 10.0, 12.0, 12.0))],
+            "doubtful",
+            "batch 4: spread over 10%",
+        ),
         ([dataclasses.replace(MEASURED, total_ms=(10.0, 10.0, 10.0, 10.0, 300.0))], "doubtful", None),
         ([dataclasses.replace(MEASURED, steady=False)], "not steady", "batch 4: the warm-up's time was over"),
         ([MEASURED], "not steady", None),

@@ -64,7 +64,9 @@ def test_a_terminal_shows_the_progress_of_the_download(tmp_path, files):
         terminal, stderr = pty.openpty()
         fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
         env = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path)}
-        done = subprocess.Popen([sys.executable, SCRIPT, *PRETRAINED], cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=stderr)
+        done = subprocess.Popen(
+            [sys.executable, SCRIPT, *PRETRAINED], cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=stderr
+        )
         os.close(stderr)
         shown = b""
         while chunk := read(terminal):
@@ -88,7 +90,10 @@ def read(terminal):
         ("gated", "(GatedRepoError: 401 Client Error.): ask for access on the model's page and set HF_TOKEN"),
         ("truncated", "expected 1491816)): set HF_ENDPOINT=https://hf-mirror.com"),
         ("stall half-way", "(ReadTimeout: timed out): set HF_ENDPOINT=https://hf-mirror.com"),
-        ("stall", "set HF_ENDPOINT=https://hf-mirror.com where huggingface.co is out of reach, or use --weights FILE or random"),
+        (
+            "stall",
+            "set HF_ENDPOINT=https://hf-mirror.com where huggingface.co is out of reach, or use --weights FILE or random",
+        ),
     ],
 )
 def test_a_hub_that_does_not_give_the_weights_ends_the_run_in_a_minute(tmp_path, files, behaviour, message):
@@ -132,7 +137,10 @@ def original_keys(state):
         ("test_vit", lambda state, path: torch.save(state, f"{path}.pth")),
         ("test_vit", lambda state, path: torch.save({"state_dict": state, "epoch": 3}, f"{path}.pth")),
         ("test_vit", lambda state, path: torch.save({"model": state}, f"{path}.pth")),
-        ("test_vit", lambda state, path: torch.save({f"module.{key}": value for key, value in state.items()}, f"{path}.pth")),
+        (
+            "test_vit",
+            lambda state, path: torch.save({f"module.{key}": value for key, value in state.items()}, f"{path}.pth"),
+        ),
         ("vit_small_patch16_dinov3", lambda state, path: torch.save(original_keys(state), f"{path}.pth")),
     ],
     ids=["safetensors", "state dict", "in state_dict", "in model", "of DataParallel", "original DINOv3 keys"],
