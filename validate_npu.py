@@ -1691,14 +1691,15 @@ def judge_cards(records: list[CardRecord]) -> list[Entry]:
         advice = f"run it alone for its whole log, on {record.place}"
         entries.append(Entry(f"card {record.rank}", f"{record.place:<34}{figures}", outcome, problem, advice))
 
+    rows = min(len(record.outputs) for record in records)  # the largest batch may not fit into each card's memory
     groups: dict[bytes, list[CardRecord]] = {}
     for record in records:
-        groups.setdefault(record.outputs.tobytes(), []).append(record)
+        groups.setdefault(record.outputs[:rows].tobytes(), []).append(record)
     most = max(groups.values(), key=len)
     others = [record for record in records if record not in most]
     text = "same weights, same inputs: outputs equal bit for bit"
     if others:
-        found = [compare(record.outputs, most[0].outputs) for record in others]
+        found = [compare(record.outputs[:rows], most[0].outputs[:rows]) for record in others]
         outcome = FAIL if FAIL in [judge_limits(difference, SAME_INPUT_LIMIT) for difference in found] else WARN
         worst = max(difference.worst_rel_l2 for difference in found)
         named = ", ".join(f"card {record.rank}" for record in others)
@@ -1842,6 +1843,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     def size(text: str) -> int | str:
         return text if text == "auto" else integer(1)(text)
 
+    def percent(text: str) -> float:
+        if not re.fullmatch(r"\d+(\.\d+)?", text):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a percentage")
+        return float(text)
+
     def device(text: str) -> str:
         if not re.fullmatch(r"cpu|[a-z]+(:[0-9]{1,4})?", text):
             raise argparse.ArgumentTypeError(f"{text!r} is not a device; examples: npu, npu:1, cpu, cuda:0")
@@ -1867,7 +1873,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", default=0, type=integer(0), metavar="N", help="of random images and weights (default: %(default)s)")
     add("--baseline", metavar="OLD.txt", help="compare with an earlier log; exit status 1 where something became worse")
     add("--compare", nargs=2, metavar=("OLD.txt", "NEW.txt"), help="only compare two logs, without a run")
-    add("--max-slowdown", default=10.0, type=float, metavar="PERCENT", help="that a comparison allows (default: 10)")
+    add("--max-slowdown", default=10.0, type=percent, metavar="PERCENT", help="that a comparison allows (default: 10)")
     add("--timeout", default=1800, type=integer(1), metavar="SECONDS", help="for one stage (default: 1800)")
     add("--output", default="validation_output.txt", metavar="FILE", help="the log (default: %(default)s)")
     options = parser.parse_args(argv)

@@ -68,6 +68,7 @@ def make_files(folder):
         (["--output", "/proc/log.txt"], "the log cannot be written to the folder of /proc/log.txt"),
         (["--output", "/dev/full"], "the log cannot be written: /dev/full is not a regular file"),
         (["--batch-sizes", "auto", "4"], "--batch-sizes auto stands alone"),
+        (["--max-slowdown", "nan"], "'nan' is not a percentage"),
         (["--timeout", "0"], "'0' is not a whole number from 1 on"),
         (["--output", "folder"], "the log cannot be written: folder is not a regular file"),
     ],

@@ -256,6 +256,41 @@ def test_out_of_memory_is_a_row_and_the_other_batch_sizes_are_reported():
     assert outcomes(v.judge_throughput(timings, None, CPU, "cpu", auto=True)) == [PASS], "the search ends there"
 
 
+# --- several cards -----------------------------------------------------------------------------------------------------
+
+
+def card(rank, outputs, checks=()):
+    return v.CardRecord(rank, f"node 0 npu:{rank}", np.asarray(outputs, np.float32), [], list(checks), [], [])
+
+
+RIGHT, ROUNDED, WRONG = np.ones((2, 8)), np.ones((2, 8)) * (1 + 1e-6), np.ones((2, 8)) * 1.1
+
+
+@pytest.mark.parametrize(
+    ("outputs", "outcome", "problem"),
+    [
+        ([RIGHT, RIGHT, RIGHT], PASS, ""),
+        ([RIGHT, RIGHT[:1], RIGHT], PASS, ""),  # of a card with less memory
+        ([RIGHT, RIGHT, WRONG], FAIL, "card 2 of 3 differ from the others by 1.0e-01"),
+        ([WRONG, RIGHT, RIGHT], FAIL, "card 0 of 3 differ"),
+        ([RIGHT, ROUNDED, RIGHT], WARN, "card 1 of 3 differ"),
+        ([RIGHT, WRONG], FAIL, "it is not known which are right"),
+    ],
+)
+def test_cards_are_to_agree_and_the_one_that_does_not_is_named(outputs, outcome, problem):
+    entries = v.judge_cards([card(rank, output) for rank, output in enumerate(outputs)])
+    agreement = next(entry for entry in entries if entry.name == "agreement")
+    assert agreement.outcome == outcome and problem in agreement.problem
+
+
+@pytest.mark.parametrize("outcome", [PASS, WARN, FAIL])
+def test_a_card_is_as_good_as_the_worst_of_its_checks(outcome):
+    checks = [v.Entry("tokens", "", PASS), v.Entry("embedding", "", outcome)]
+    entries = v.judge_cards([card(0, RIGHT), card(1, RIGHT, checks)])
+    assert outcomes(entries)[:2] == [PASS, outcome]
+    assert outcome == PASS or entries[2].problem == "not passed: embedding"
+
+
 # --- inputs and weights -----------------------------------------------------------------------------------------------
 
 
