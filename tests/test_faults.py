@@ -40,13 +40,13 @@ KINDS = ["nan", "scale=1.01", "offset=0.05", "element=1", "error=507015", "nan,f
 def runs(tmp_path_factory):
     """One run of the script for each operator and kind of fault, two side by side."""
 
-    def run(fault):
-        folder = tmp_path_factory.mktemp("fault")
+    def run(fault, folder):
         return Run(SMALL, folder, environment(FAULT=fault) | {"OMP_NUM_THREADS": "1"}, [WITH_TEST_MODELS])
 
     faults = [f"{operator}:{kind}" for operator in OPERATORS for kind in KINDS]
+    folders = [tmp_path_factory.mktemp("fault") for _ in faults]  # here, because it is not made for threads
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(faults, pool.map(run, faults)))
+        return dict(zip(faults, pool.map(run, faults, folders)))
 
 
 def simple_check(run):
