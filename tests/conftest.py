@@ -21,12 +21,15 @@ class Run:
     """One finished run of the script: exit status, streams and log."""
 
     def __init__(self, arguments, folder, env=None, launcher=()):
-        self.log_path = Path(folder) / "validation_output.txt"
         command = [sys.executable, *map(str, launcher), str(SCRIPT), *map(str, arguments)]
         done = subprocess.run(
             command, cwd=folder, env=os.environ | (env or {}), capture_output=True, text=True, timeout=600
         )
-        self.status, self.stdout, self.stderr = done.returncode, done.stdout, done.stderr
+        self.finished(folder, done.returncode, done.stdout, done.stderr)
+
+    def finished(self, folder, status, stdout, stderr):
+        self.status, self.stdout, self.stderr = status, stdout, stderr
+        self.log_path = Path(folder) / "validation_output.txt"
         self.log = self.log_path.read_text("utf-8") if self.log_path.exists() else None
 
     def outcomes(self, name):

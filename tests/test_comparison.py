@@ -35,7 +35,7 @@ def steady(log):
     [
         (lambda log: log, 0, r"changed lines +none"),
         (slower(1.05), 0, r"PASS  speed"),
-        (slower(0.5), 0, r"~ +float32 +1 .* 2\.0\d "),
+        (slower(0.5), 0, r"~ +float32 +1 .* (1\.9|2\.0)\d "),
         (slower(1.2), 1, r"FAIL  speed .*: float32, batch 1: "),
         (lambda log: log.replace("PASS  repeat", "WARN  repeat", 1), 1, r"FAIL  outcomes .*: repeat: PASS -> WARN"),
         (lambda log: log.replace("PASS  control", "FAIL  control", 1), 1, r"FAIL  outcomes .*: control: PASS -> FAIL"),

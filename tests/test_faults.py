@@ -3,15 +3,19 @@
 The matrix runs on test_dinov3, the default model's family made small; a sample runs on the default model itself.
 """
 
+import itertools
+import multiprocessing
+import os
 import re
+import runpy
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from ascend_emulator import environment
-from conftest import ROOT, Run
+from conftest import ROOT, SCRIPT, Run
 
-WITH_TEST_MODELS = ROOT / "tests" / "with_test_models.py"
-SMALL = ("--model", "test_dinov3", "--weights", "random", "--batch-sizes", "1", "2", "--warmup", "0", "--iters", "2")
+SMALL = ("--model", "test_dinov3", "--weights", "random", "--batch-sizes", "2", "--warmup", "0", "--iters", "2")
 
 # What a forward pass launches (ASCEND_EMULATOR_TRACE lists it), and the module that the layer check should name.
 OPERATORS = {
@@ -36,17 +40,56 @@ KINDS = ["nan", "scale=1.01", "offset=0.05", "element=1", "error=507015", "nan,f
          "offset=0.05,from=2,once", "element=1,from=2,once", "error=507015,from=2,once"]  # fmt: skip
 
 
+class ForkedRun(Run):
+    """A run in a process forked from one that has imported torch and timm, which takes longer than the run itself."""
+
+    def __init__(self, context, arguments, folder, env):
+        process = context.Process(target=in_fork, args=(list(map(str, arguments)), folder, env))
+        process.start()
+        process.join(300)
+        process.kill()
+        process.join()
+        self.finished(folder, process.exitcode, *((folder / name).read_text("utf-8") for name in ("stdout", "stderr")))
+
+
+def in_fork(arguments, folder, env):
+    os.chdir(folder)
+    os.environ.update(env)
+    for number, name in enumerate(("stdout", "stderr"), 1):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), number)
+    sys.argv = [str(SCRIPT), *arguments]
+    import with_test_models
+
+    with_test_models.allow_hf32()
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
 @pytest.fixture(scope="session")
-def runs(tmp_path_factory):
-    """One run of the script for each operator and kind of fault, two side by side."""
+def run_all(tmp_path_factory):
+    """run_all([(arguments, env), ...]): a run of each, two side by side."""
+    environ = dict(os.environ)
+    os.environ.update(environment(), OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["with_test_models"])  # torch_npu is left to each run: it reads the faults then
 
-    def run(fault, folder):
-        return Run(SMALL, folder, environment(FAULT=fault) | {"OMP_NUM_THREADS": "1"}, [WITH_TEST_MODELS])
+    def run(arguments, env, folder):
+        return ForkedRun(context, arguments, folder, env)
 
+    def run_all(cases):
+        folders = [tmp_path_factory.mktemp("run") for _ in cases]  # here, because it is not made for threads
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(run, *zip(*cases), folders))
+
+    yield run_all
+    os.environ.clear()
+    os.environ.update(environ)
+
+
+@pytest.fixture(scope="session")
+def runs(run_all):
+    """One run of the script for each operator and kind of fault."""
     faults = [f"{operator}:{kind}" for operator in OPERATORS for kind in KINDS]
-    folders = [tmp_path_factory.mktemp("fault") for _ in faults]  # here, because it is not made for threads
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(faults, pool.map(run, faults, folders)))
+    return dict(zip(faults, run_all([(SMALL, environment(FAULT=fault)) for fault in faults])))
 
 
 def simple_check(run):
@@ -106,22 +149,32 @@ def test_the_readme_shows_what_is_caught(runs):
 # --- no false alarm ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("hf32", ["conv", "", "conv matmul"])
-@pytest.mark.parametrize("gelu", ["tanh", "erf"])
-def test_a_healthy_device_passes_without_a_warning(run, seed, hf32, gelu):
-    env = environment() | {"TEST_ALLOW_HF32": hf32} | ({"TORCH_NPU_USE_COMPATIBLE_IMPL": "1"} if gelu == "erf" else {})
-    done = run(*SMALL, "--seed", seed, "--amp", "float16", "bfloat16", "--strict", env=env, launcher=[WITH_TEST_MODELS])
+HEALTHY = list(itertools.product([0, 1, 2], ["conv", "", "conv matmul"], ["tanh", "erf"]))
+
+
+@pytest.fixture(scope="session")
+def healthy(run_all):
+    """One run for each seed, setting of HF32 and form of GELU."""
+
+    def case(seed, hf32, gelu):
+        form = {"TORCH_NPU_USE_COMPATIBLE_IMPL": "1"} if gelu == "erf" else {}
+        return (*SMALL, "--seed", seed, "--amp", "float16", "bfloat16", "--strict"), form | {"TEST_ALLOW_HF32": hf32}
+
+    return dict(zip(HEALTHY, run_all([case(*settings) for settings in HEALTHY])))
+
+
+@pytest.mark.parametrize(("seed", "hf32", "gelu"), HEALTHY)
+def test_a_healthy_device_passes_without_a_warning(healthy, seed, hf32, gelu):
+    done = healthy[seed, hf32, gelu]
     assert done.status == 0 and " 0 warned, 0 failed" in done.result, done.stdout
     assert ("explained: GELU" in done.log) == (gelu == "tanh")
     arithmetic = ("HF32" if name in hf32 else "float32" for name in ("conv", "matmul"))
     assert "convolution {}, matmul {}".format(*arithmetic) in done.log
 
 
-def test_strict_makes_a_warning_fail(run):
+def test_strict_makes_a_warning_fail(run_all):
     env = environment(FAULT="Neg:scale=1.01")
-    assert run(*SMALL, env=env, launcher=[WITH_TEST_MODELS]).status == 0
-    assert run(*SMALL, "--strict", env=env, launcher=[WITH_TEST_MODELS]).status == 1
+    assert [done.status for done in run_all([(SMALL, env), ((*SMALL, "--strict"), env)])] == [0, 1]
 
 
 # --- the default model, a sample --------------------------------------------------------------------------------------

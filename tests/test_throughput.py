@@ -15,13 +15,13 @@ from ascend_emulator import environment
 from conftest import ROOT, SMALL, table
 
 WITH_TEST_MODELS = ROOT / "tests" / "with_test_models.py"
-TINY = ("--model", "test_tiny_vit", "--weights", "random", "--warmup", "0", "--iters", "5")
+TINY = ("--weights", "random", "--warmup", "0", "--iters", "5")
 
 
 @pytest.fixture
 def emulated(run):
-    def emulated(*arguments, **knobs):
-        done = run(*TINY, *arguments, env=environment(**knobs), launcher=[WITH_TEST_MODELS])
+    def emulated(*arguments, model="test_tiny_vit", **knobs):
+        done = run(*TINY, "--model", model, *arguments, env=environment(**knobs), launcher=[WITH_TEST_MODELS])
         assert done.status == 0, done.stdout + done.stderr
         return done
 
@@ -58,7 +58,8 @@ def test_the_time_of_the_kernels_is_reported_and_not_the_time_to_launch_them(emu
 
 
 def test_a_host_that_is_the_limit_is_named(emulated):
-    log = emulated("--batch-sizes", "1", "4").log
+    """The model's Python takes 100 ms, and its kernels a few."""
+    log = emulated("--batch-sizes", "1", "4", model="test_vit_with_a_slow_host").log
     assert {row["limit"] for row in table(log).values()} == {"host"}
     assert re.search(r"^~ +host-bound +float32: batch 1, 4: launching takes over 80%", log, re.M)
 
@@ -88,11 +89,11 @@ def test_auto_ends_where_memory_does(run):
 
 
 def test_a_captured_graph_takes_the_host_out_and_gives_the_same_outputs(emulated):
-    log = emulated("--batch-sizes", "2", "--graph", "--amp", "float16").log
+    log = emulated("--batch-sizes", "2", "--graph", "--amp", "float16", model="test_vit_with_a_slow_host").log
     rows = table(log)
     assert list(rows) == [("float32", 2), ("float16", 2), ("float32 graph", 2), ("float16 graph", 2)]
     for dtype in ("float32", "float16"):
-        assert float(rows[f"{dtype} graph", 2]["host_ms"]) < 0.5 * float(rows[dtype, 2]["host_ms"])
+        assert float(rows[dtype, 2]["host_ms"]) > 100 and float(rows[f"{dtype} graph", 2]["host_ms"]) < 50
         assert f"PASS  timed outputs         {dtype} graph: all as those of {dtype} without graph" in log
 
 
@@ -162,7 +163,7 @@ def test_the_warm_up_goes_on_until_the_latency_is_steady():
 
     images = v.torch.ones(1, 3)
     timing = v.time_batches("float32", forward, images, v.torch.device("cpu"), 0, 20, images.numpy())
-    assert timing.steady and max(timing.total_ms) < 10 < timing.first_ms
+    assert timing.steady and statistics.median(timing.total_ms) < 10 < timing.first_ms
 
 
 CHIP = "Ascend910B4 (emulated)"
@@ -189,7 +190,7 @@ NO_FASTER = v.Timing("float32", 16, host_ms=(1.0,) * 5, total_ms=(19.9,) * 5)  #
             "batch 4: spread over 10%",
         ),
         ([dataclasses.replace(MEASURED, total_ms=(10.0, 10.0, 10.0, 10.0, 300.0))], "doubtful", None),
-        ([dataclasses.replace(MEASURED, steady=False)], "not steady", "batch 4: the warm-up's time was over"),
+        ([dataclasses.replace(MEASURED, steady=False)], "not steady", "batch 4: the warm-up ended before"),
         ([MEASURED], "not steady", None),
     ],
 )

@@ -3,6 +3,7 @@
 test_dinov3            the family of the default model, small: 3 blocks of width 96, with register tokens and RoPE
 test_vit_without_convolution   its patch embedding is a matrix product
 test_tiny_vit          one block of width 32 at 32 x 32, so that its kernels take no time
+test_vit_with_a_slow_host      the same, and its Python takes 100 ms
 test_vit_that_waits    reads a value on the host in its forward pass, so that no graph can be captured
 test_vit_with_bessel   uses an operator that torch_npu has no kernel for, so that torch_npu would compute it on the CPU
 
@@ -12,6 +13,7 @@ TEST_ALLOW_HF32="conv matmul" sets torch_npu's HF32 switches to that, as a user'
 import os
 import runpy
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -54,6 +56,17 @@ def test_tiny_vit(pretrained=False, **kwargs):
     return tiny(VisionTransformer)
 
 
+class VisionTransformerWithASlowHost(VisionTransformer):
+    def forward_features(self, x, **kwargs):
+        time.sleep(0.1)
+        return super().forward_features(x, **kwargs)
+
+
+@register_model
+def test_vit_with_a_slow_host(pretrained=False, **kwargs):
+    return tiny(VisionTransformerWithASlowHost)
+
+
 class VisionTransformerThatWaits(VisionTransformer):
     def forward_features(self, x, **kwargs):
         return super().forward_features(x * float(x.isfinite().all()), **kwargs)
@@ -74,11 +87,15 @@ def test_vit_with_bessel(pretrained=False, **kwargs):
     return VisionTransformerWithBessel(embed_dim=64, depth=2, num_heads=2)
 
 
-if __name__ == "__main__":
+def allow_hf32():
     if "TEST_ALLOW_HF32" in os.environ:
         import torch_npu  # noqa: F401
 
         torch.npu.conv.allow_hf32 = "conv" in os.environ["TEST_ALLOW_HF32"]
         torch.npu.matmul.allow_hf32 = "matmul" in os.environ["TEST_ALLOW_HF32"]
+
+
+if __name__ == "__main__":
+    allow_hf32()
     del sys.argv[0]
     runpy.run_path(sys.argv[0], run_name="__main__")
