@@ -41,22 +41,21 @@ import warnings
 
 DEFAULT_MODEL = "vit_small_patch16_dinov3.lvd1689m"
 STAGES = ("device", "model", "outputs", "precision", "throughput")
+PASS, WARN, FAIL, SKIP = "PASS", "WARN", "FAIL", "SKIP"
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Constants and limits
+# Limits, each with its source
 # ---------------------------------------------------------------------------------------------------------------------
 
 # Relative error that Huawei's operator precision standard admits for a single operator, by the arithmetic that it uses
 # for fp32. It is element-wise; here the norm of the reference is the denominator, because features cross zero.
 OPERATOR_LIMIT = {"float32": 2**-13, "HF32": 2**-11, "TF32": 2**-11, "float16": 2**-10}
-
 # A single module of the device, on the CPU's own inputs. WARN: the standard above, by the type that it computes in.
 # FAIL: eight times what the standard admits for HF32; an error of 1 % is above it.
 LAYER_FAIL_REL_L2 = 2**-8
 # Largest error of one element, relative to its row's RMS (to itself where it is larger), as a multiple of the relative
 # L2 limits: the largest of a million normally distributed errors is 5 times their RMS, and tails are heavier.
 ELEMENT_FACTOR = 32
-
 # The whole model, relative L2 error of the worst row against fp64 on the CPU, (WARN, FAIL). WARN is 16 and FAIL 64
 # units of roundoff of the type, HF32 for fp32: healthy are 4 units in fp16, 6 in bf16 (measured on this model on a
 # CPU), and 7 in HF32 (the card's Ascend910B4, of the order of 1.5e-3). For fp32 reviewers of adaptations ask for "error
@@ -74,32 +73,42 @@ CARD_MAX_ABS = 1e-2
 # The device's GELU is the tanh form if it is this close to it, and closer than to the erf form, which is 4.7e-4 away.
 GELU_FORM_MAX_ABS = 1e-4
 CONTROL_SCALE = 1.01  # the control that must fail: a weight matrix that is off by 1 %
-
-# A row of a batch against the same image alone: kernels tile differently, so fp32 sums differ in the last bits (1e-6
-# on a CPU). The same holds for timed outputs against those of stage 3. Beyond the fp32 standard is worth a look (WARN);
-# a row that was mixed up with another one is wrong by far more than 2^-10 (FAIL).
+# A row of a batch against the same image alone, (WARN, FAIL): kernels tile differently, so fp32 sums differ in the last
+# bits (1e-6 on a CPU). The same holds for timed outputs against those of stage 3. Beyond the fp32 standard is worth a
+# look; a row that was mixed up with another one is wrong by far more than 2^-10.
 SAME_INPUT_LIMIT = (2**-13, 2**-10)
 # Outputs of two different images that are closer than this are the same output: rounding alone moves them by 1e-7 to
 # 1e-6, while a ResNet with random weights, which averages over the image, sets them only 1e-3 apart.
 DISTINCT_REL_L2 = 1e-5
 # A reference row of less than a tenth of the usual norm is judged as if it had that much: zero has no relative error.
 ROW_NORM_FLOOR = 0.1
+# Between two logs an error is worse when it grew by more than this, and is above rounding in fp32 (64 units).
+ERROR_GROWTH, ROUNDING = 0.1, 2**-17
 
+PROBE_SIZE = 512  # rows and columns of the matrix product that stage 1 computes
 PRECISION_IMAGES = 4  # seeded images in stage 4; a fp64 forward pass on the CPU is the cost of each
 LAYER_IMAGES = 2  # of these, for the comparison of each module, so that the stage takes ten forward passes on the CPU
-PROBE_SIZE = 512  # rows and columns of the matrix product that stage 1 computes
-
 DEFAULT_BATCH_SIZES = [1, 4, 8, 16]
 # Least and most time of the warm-up of each batch size, and most time of its timed batches. Least, because a card idles
 # at a low clock, where it is steady, too; most, because a CPU rehearsal is to end in about a minute.
 WARMUP_SECONDS = {"cpu": (0.5, 1.0), "accelerator": (1.0, 60.0)}
 TIMED_SECONDS = {"cpu": 5.0, "accelerator": 60.0}
-STEADY = 0.02  # the warm-up ends when the median of STEADY_BATCHES differs by less from that of as many before
-STEADY_BATCHES = 10
+STEADY, STEADY_BATCHES = 0.02, 10  # the warm-up ends when the median of 10 batches is within 2 % of the 10 before
 HOST_BOUND = 0.8  # share of the time that launching takes from which on the host is the limit (as trtexec has it)
 DOUBTFUL_SPREAD = 0.1  # interquartile range over median; torch.utils.benchmark warns from 10 % on
 SATURATED_GAIN = 1.05  # --batch-sizes auto ends where twice the batch gives less than 5 % more throughput ...
 MAX_AUTO_BATCH = 1024  # ... or here
+HUB_SECONDS = 10  # for the hub's first answer
+ROLL_CALL_SECONDS = 5  # for each card to answer, when torchrun ends a run
+MIB, GIB = 2**20, 2**30
+
+OUT_OF_MEMORY = "out of device memory"
+OUT_OF_MEMORY_ADVICE = "use smaller --batch-sizes, or free the card (npu-smi info shows who uses it)"
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is known of Ascend
+# ---------------------------------------------------------------------------------------------------------------------
+
 # TFLOP/s of the matrix unit in fp16: cores x frequency x 8192, from CANN's platform_config. No official figure for HF32
 # is known, so the share of this one is shown whatever the mode.
 FP16_PEAK = {
@@ -109,21 +118,12 @@ FP16_PEAK = {
     "Ascend910B4": 245.8,
     "Ascend310P3": 69.5,
 }
-# Between two logs an error is worse when it grew by more than this, and is above rounding in fp32 (64 units).
-ERROR_GROWTH = 0.1
-ROUNDING = 2**-17
-MIB = 2**20
-
-# What changes numbers or speed on an Ascend host, and is worth a line in the log when set.
+# Environment variables that change numbers or speed, and are worth a line in the log when set.
 ENVIRONMENT = (
     "TASK_QUEUE_ENABLE", "ASCEND_LAUNCH_BLOCKING", "CPU_AFFINITY_CONF", "INF_NAN_MODE_ENABLE", "ACL_OP_INIT_MODE",
     "TORCH_NPU_USE_COMPATIBLE_IMPL", "PYTORCH_NPU_ALLOC_CONF", "HCCL_DETERMINISTIC", "ASCEND_RT_VISIBLE_DEVICES",
     "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TIMM_FUSED_ATTN",
 )  # fmt: skip
-
-OUT_OF_MEMORY = "out of device memory"
-OUT_OF_MEMORY_ADVICE = "use smaller --batch-sizes, or free the card (npu-smi info shows who uses it)"
-
 # ACL error codes that torch_npu reports, with what to do (CANN, aclError).
 ACL_ERRORS = {
     107001: "the device id is not valid: check --device and ASCEND_RT_VISIBLE_DEVICES",
@@ -136,40 +136,147 @@ ACL_ERRORS = {
     507035: "a vector core failed: see ~/ascend/log for the operator",
     507899: "the driver failed: check the driver with npu-smi info, and dmesg",
 }
+# What the error of `import torch_npu` hints at, as a pattern, and what it means. {0[1]} is the pattern's group.
+IMPORT_ERRORS = {
+    "No module named 'torch_npu'": "torch_npu is not installed: pip install torch-npu=={version}, which matches torch",
+    r"No module named '([\w.]+)'": "torch_npu needs {0[1]}: pip install {0[1]}",
+    r"libascend_hal\.so": "the Ascend driver is missing (libascend_hal.so): install it, or mount"
+    " /usr/local/Ascend/driver into the container",
+    r"(lib\w+\.so)[\w.]*: cannot open shared object": "CANN is not installed, or its environment is not set ({0[1]} not"
+    " found): source /usr/local/Ascend/ascend-toolkit/set_env.sh",
+    "Two accelerators": "this torch is built for another accelerator: install the CPU build of torch next to torch_npu",
+    "": "torch_npu does not import next to torch {version}; they must be the same version, and match CANN ({error})",
+}
+REHEARSE = " (for a rehearsal without an NPU: --device cpu)"
 
-HUB_SECONDS = 10  # for the hub's first answer
-GRACE_SECONDS = 10  # after a signal, for the main thread to end the run itself; it cannot while a device hangs
-ROLL_CALL_SECONDS = 5  # for each card to answer, when torchrun ends a run
 
-PASS, WARN, FAIL, SKIP = "PASS", "WARN", "FAIL", "SKIP"
+def find_npu() -> None:
+    """Import torch_npu, which registers "npu" with torch. Raises CannotRun with the cause of a failure."""
+    try:
+        import torch_npu  # noqa: F401
+    except (ImportError, OSError, RuntimeError) as error:
+        found = ((re.search(pattern, str(error)), cause) for pattern, cause in IMPORT_ERRORS.items())
+        match, cause = next((match, cause) for match, cause in found if match)
+        version = torch.__version__.split("+")[0]
+        raise CannotRun(cause.format(match, version=version, error=first_line(error)) + REHEARSE) from error
+
+
+def ascend_versions() -> dict[str, str]:
+    """Versions of torch_npu, CANN and the driver; "not known" where CANN does not tell."""
+    versions = {"torch_npu": importlib.metadata.version("torch-npu")}
+    for name, part in (("CANN", "CANN"), ("driver", "DRIVER")):
+        with contextlib.suppress(Exception):  # a probe never stops the run
+            versions[name] = torch.npu.utils.get_cann_version(part)
+        versions[name] = versions.get(name) or "not known"
+    return versions
+
+
+def reduced_fp32_switches(device: torch.device) -> dict[str, tuple[object, str]]:
+    """The switches that let fp32 be computed with fewer bits: HF32 on Ascend (on for convolutions), TF32 on CUDA."""
+    if device.type == "npu":
+        return {"convolution": (torch.npu.conv, "allow_hf32"), "matmul": (torch.npu.matmul, "allow_hf32")}
+    if device.type == "cuda":
+        backends = torch.backends
+        return {"convolution": (backends.cudnn, "allow_tf32"), "matmul": (backends.cuda.matmul, "allow_tf32")}
+    return {}
+
+
+def fp32_arithmetic(device: torch.device) -> dict[str, str]:
+    """What the device computes convolutions and matrix products of fp32 tensors in: keys of OPERATOR_LIMIT.
+
+    Before the 910B, which brought bfloat16, an Ascend's matrix unit has no fp32, and torch_npu gives it float16 (its
+    option ACL_PRECISION_MODE is allow_fp32_to_fp16 there).
+    """
+    if device.type == "npu" and not computes_in(device, "bfloat16"):
+        return {"convolution": "float16", "matmul": "float16"}
+    reduced = "HF32" if device.type == "npu" else "TF32"
+    switches = reduced_fp32_switches(device)
+    return {name: reduced if getattr(*switches[name]) else "float32" for name in switches}
+
+
+@contextlib.contextmanager
+def strict_fp32(device: torch.device):
+    """fp32 with all its bits: the reduced modes are off inside, and as they were afterwards."""
+    switches = reduced_fp32_switches(device).values()
+    before = [getattr(*switch) for switch in switches]
+    try:
+        for switch in switches:
+            setattr(*switch, False)
+        yield
+    finally:
+        for switch, value in zip(switches, before):
+            setattr(*switch, value)
+
+
+def computes_in(device: torch.device, dtype: str) -> bool:
+    """Whether the device has this type for autocast: bfloat16 begins with the Ascend 910B; not on a 910A or 310P."""
+    if dtype != "bfloat16" or device.type == "cpu":
+        return True
+    return getattr(torch.get_device_module(device.type), "is_bf16_supported", lambda: True)()
+
+
+def jit_compile_state(device: torch.device) -> str:
+    """On: kernels are compiled for each new shape; off, the default from the 910B on: CANN's precompiled ones serve."""
+    return "" if device.type != "npu" else f", jit_compile {'off' if torch.npu.is_jit_compile_false() else 'on'}"
+
+
+def explain(error: BaseException) -> str:
+    """One line for an exception: torch_npu's error code, operator and what to do where it has them, else its own."""
+    text = str(error)
+    code = re.search(r"error code(?: is|:)\s*(\d+)", text)
+    operator = re.search(r"working operator name is (\w+)", text) or re.search(r"\b(aclnn\w+)", text)
+    fallback = re.search(r"The operator '([\w:.]+)' would execute its main computation on CPU", text)
+    if fallback:
+        return f"{fallback[1]} has no NPU kernel and would run on the CPU"
+    if code:
+        advice = ACL_ERRORS.get(int(code[1]), "see ~/ascend/log")
+        return f"{operator[1] + ': ' if operator else ''}error code {code[1]}, {advice}"
+    if operator:
+        return f"{operator[1]} failed on the device, see ~/ascend/log"
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Records: what the stages measure, and the lines that come of it
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 class CannotRun(Exception):
     """The run cannot be done. The message is one line that says what is wrong and what to do; exit status 2."""
 
 
-class Interrupted(BaseException):
-    """Ctrl-C or SIGTERM; the argument is the signal's number."""
-
-
 class CardsLost(Exception):
-    """Cards of a run under torchrun that do not answer; the argument is the list of their ranks."""
+    """Cards of a run under torchrun that do not answer; the argument is the list of their ranks, where known."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Records: what the stages measure
-# ---------------------------------------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """How far one array is from its reference, over all elements and for the worst row; see `compare`."""
+
+    max_abs: float  # this and the other errors are infinite where a value on either side is not finite
+    mean_abs: float
+    rel_l2: float  # ||a - r|| / ||r|| over everything
+    worst_rel_l2: float  # the same for the worst row
+    worst_row: tuple[int, ...]  # (image,) or (image, token)
+    cosine: float  # of the worst row
+    norm_ratio: float  # ||a|| / ||r|| of the row where it is furthest from 1
+    worst_element: float  # largest |a - r|, relative to |r| or the row's RMS, whichever is larger
+    worst_index: tuple[int, ...]
+    mismatched: int  # elements that are further off than compare's `allowed`
+    elements: int
+    reference_rms: float
+
+    @property
+    def equal(self) -> bool:
+        return self.max_abs == 0
 
 
 @dataclasses.dataclass(frozen=True)
 class DeviceRecord:
     """Stage 1: where the run takes place, and that the device computes."""
 
-    description: str  # "npu:0 Ascend910B4, 1 visible, 32.0 GiB"
-    versions: dict[str, str]
-    fp32_arithmetic: dict[str, str]  # "convolution", "matmul" -> a key of OPERATOR_LIMIT
-    environment: dict[str, str]
-    threads: int
+    facts: dict[str, str]  # device, versions, switches, environment: name -> text, in the order of the log
+    arithmetic: str  # of matrix products in fp32, a key of OPERATOR_LIMIT
     free_bytes: int | None
     probe: Difference  # a matrix product against fp64 on the CPU
 
@@ -189,45 +296,14 @@ class ModelRecord:
 
 @dataclasses.dataclass(frozen=True)
 class OutputRecord:
-    """Stage 3: one output tensor of one batch. Rows are images; `alone` compares them with the same images alone."""
+    """Stage 3: one output of one batch, as it came from the device. Rows are images."""
 
     name: str  # "embedding", "tokens", "feature map 2"
     batch: str  # "1", "16", "pictures"
-    shape: tuple[int, ...]
+    values: np.ndarray
     expected_shape: tuple[int, ...] | None  # None: the model's metadata do not say
-    dtype: str
-    nonfinite: int
-    minimum: float
-    maximum: float
-    mean: float
-    std: float
-    smallest_row_std: float  # of the most uniform image
-    closest_rows: float  # relative L2 distance of the two most similar images; inf for one image
-    alone: Difference | None
+    alone: Difference | None = None  # each row against the same image alone
     repeat: Difference | None = None  # the same computation a second time
-
-
-@dataclasses.dataclass(frozen=True)
-class Difference:
-    """How far one array is from its reference, over all elements and for the worst row; see `compare`."""
-
-    finite: bool  # no NaN or infinity, on either side
-    max_abs: float
-    mean_abs: float
-    rel_l2: float  # ||a - r|| / ||r|| over everything
-    worst_rel_l2: float  # the same for the worst row
-    worst_row: tuple[int, ...]  # (image,) or (image, token)
-    cosine: float  # of the worst row
-    norm_ratio: float  # ||a|| / ||r|| of the row where it is furthest from 1
-    worst_element: float  # largest |a - r|, relative to |r| or the row's RMS, whichever is larger
-    worst_index: tuple[int, ...]
-    mismatched: int  # elements that are further off than compare's `allowed`
-    elements: int
-    reference_rms: float
-
-    @property
-    def equal(self) -> bool:
-        return self.finite and self.max_abs == 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,8 +360,8 @@ class Timing:
         return 1000 * self.batch * len(self.total_ms) / sum(self.total_ms)
 
     @property
-    def host_share(self) -> float:
-        return statistics.median(self.host_ms) / statistics.median(self.total_ms)
+    def host_bound(self) -> bool:
+        return statistics.median(self.host_ms) >= HOST_BOUND * statistics.median(self.total_ms)
 
     @property
     def spread(self) -> float:
@@ -323,8 +399,16 @@ def verdict(passed: bool) -> str:
     return PASS if passed else FAIL
 
 
+def judge_limits(found: Difference, limits: tuple[float, float]) -> str:
+    """FAIL or WARN above (WARN, FAIL) limits, for the worst row and for the worst element. What is not finite fails."""
+    for outcome, limit in ((FAIL, limits[1]), (WARN, limits[0])):
+        if not (found.worst_rel_l2 <= limit and found.worst_element <= ELEMENT_FACTOR * limit):
+            return outcome
+    return PASS
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Packages, and what is Ascend's own
+# Tools that several stages share
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -334,7 +418,7 @@ def import_packages() -> None:
     Raises CannotRun when one is missing or broken.
     """
     global np, timm, torch
-    # torch would import torch_npu itself and die where CANN is missing; find_device does it and tells the causes apart.
+    # torch would import torch_npu itself and die where CANN is missing; find_npu does it and tells the causes apart.
     os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
     # torch_npu would run an operator that has no NPU kernel on the CPU, unseen from Python; so it is an error by name.
     os.environ.setdefault("TORCH_NPU_FALLBACK_CPU_DISABLE", "1")
@@ -370,126 +454,6 @@ def _mend_torchvision() -> None:
         torch.torchvision_schemas = library  # they last as long as this object does
 
 
-def _import_torch_npu() -> None:
-    """Import torch_npu. Raises CannotRun with the cause, which its own errors only hint at."""
-    wanted = torch.__version__.split("+")[0]
-    try:
-        import torch_npu  # noqa: F401
-    except ModuleNotFoundError as error:
-        if error.name != "torch_npu":
-            raise CannotRun(f"torch_npu needs {error.name}: pip install {error.name}") from error
-        raise CannotRun(
-            f"torch_npu is not installed: pip install torch-npu=={wanted}, which matches torch {torch.__version__}"
-            " (for a rehearsal without an NPU: --device cpu)"
-        ) from error
-    except (ImportError, OSError, RuntimeError) as error:
-        text = str(error)
-        if "libascend_hal.so" in text:
-            cause = (
-                "the Ascend driver is missing (libascend_hal.so): install it, or mount /usr/local/Ascend/driver into"
-                " the container"
-            )
-        elif missing := re.search(r"(lib\w+\.so)[\w.]*: cannot open shared object", text):
-            cause = (
-                f"CANN is not installed, or its environment is not set ({missing[1]} not found):"
-                " source /usr/local/Ascend/ascend-toolkit/set_env.sh"
-            )
-        elif "Two accelerators" in text:
-            cause = "this torch is built for another accelerator: install the CPU build of torch next to torch_npu"
-        else:
-            version = importlib.metadata.version("torch-npu")
-            cause = (
-                f"torch_npu {version} does not import next to torch {torch.__version__}; they must be the same"
-                f" version, and match CANN ({first_line(error)})"
-            )
-        raise CannotRun(f"{cause} (for a rehearsal without an NPU: --device cpu)") from error
-
-
-def ascend_versions() -> dict[str, str]:
-    """Versions of torch_npu, CANN and the driver; "not known" where CANN does not tell."""
-    versions = {"torch_npu": importlib.metadata.version("torch-npu")}
-    for name, part in (("CANN", "CANN"), ("driver", "DRIVER")):
-        with contextlib.suppress(Exception):  # a probe never stops the run
-            versions[name] = torch.npu.utils.get_cann_version(part)
-        versions[name] = versions.get(name) or "not known"
-    return versions
-
-
-def reduced_fp32_switches(device: torch.device) -> dict[str, tuple[object, str]]:
-    """The switches that let fp32 be computed with fewer bits: HF32 on Ascend (on for convolutions), TF32 on CUDA."""
-    if device.type == "npu":
-        return {"convolution": (torch.npu.conv, "allow_hf32"), "matmul": (torch.npu.matmul, "allow_hf32")}
-    if device.type == "cuda":
-        backends = torch.backends
-        return {"convolution": (backends.cudnn, "allow_tf32"), "matmul": (backends.cuda.matmul, "allow_tf32")}
-    return {}
-
-
-def fp32_arithmetic(device: torch.device) -> dict[str, str]:
-    """What the device computes convolutions and matrix products of fp32 tensors in: keys of OPERATOR_LIMIT.
-
-    Before the 910B, which brought bfloat16, an Ascend's matrix unit has no fp32, and torch_npu gives it float16 (its
-    option ACL_PRECISION_MODE is allow_fp32_to_fp16 there).
-    """
-    if device.type == "npu" and not computes_in(device, "bfloat16"):
-        return {"convolution": "float16", "matmul": "float16"}
-    reduced = "HF32" if device.type == "npu" else "TF32"
-    switches = reduced_fp32_switches(device)
-    return {name: reduced if getattr(*switches[name]) else "float32" for name in switches}
-
-
-def chip_name(device: torch.device) -> str:
-    """The name that the device gives itself, "Ascend910B4"; "cpu" for a CPU."""
-    return torch.get_device_module(device.type).get_device_name(device) if device.type != "cpu" else "cpu"
-
-
-def jit_compile_state(device: torch.device) -> str:
-    """On: kernels are compiled for each new shape; off, the default from the 910B on: CANN's precompiled ones serve."""
-    return "" if device.type != "npu" else f", jit_compile {'off' if torch.npu.is_jit_compile_false() else 'on'}"
-
-
-@contextlib.contextmanager
-def strict_fp32(device: torch.device):
-    """fp32 with all its bits: the reduced modes are off inside, and as they were afterwards."""
-    switches = reduced_fp32_switches(device).values()
-    before = [getattr(*switch) for switch in switches]
-    try:
-        for namespace, name in switches:
-            setattr(namespace, name, False)
-        yield
-    finally:
-        for (namespace, name), value in zip(switches, before):
-            setattr(namespace, name, value)
-
-
-def computes_in(device: torch.device, dtype: str) -> bool:
-    """Whether the device has this type for autocast: bfloat16 begins with the Ascend 910B; not on a 910A or 310P."""
-    if dtype != "bfloat16" or device.type == "cpu":
-        return True
-    return getattr(torch.get_device_module(device.type), "is_bf16_supported", lambda: True)()
-
-
-def explain(error: BaseException) -> str:
-    """One line for an exception: torch_npu's error code, operator and what to do where it has them, else its own."""
-    text = str(error)
-    code = re.search(r"error code(?: is|:)\s*(\d+)", text)
-    operator = re.search(r"working operator name is (\w+)", text) or re.search(r"\b(aclnn\w+)", text)
-    fallback = re.search(r"The operator '([\w:.]+)' would execute its main computation on CPU", text)
-    if fallback:
-        return f"{fallback[1]} has no NPU kernel and would run on the CPU"
-    if code:
-        advice = ACL_ERRORS.get(int(code[1]), "see ~/ascend/log")
-        return f"{operator[1] + ': ' if operator else ''}error code {code[1]}, {advice}"
-    if operator:
-        return f"{operator[1]} failed on the device, see ~/ascend/log"
-    return f"{type(error).__name__}: {first_line(error)}"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tools that several stages share
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message that says something, at most 300 characters."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -500,6 +464,11 @@ def synchronize(device: torch.device) -> None:
     """Wait until the device has done everything that was launched. Nothing to wait for on the CPU."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+def chip_name(device: torch.device) -> str:
+    """The name that the device gives itself, "Ascend910B4"; "cpu" for a CPU."""
+    return torch.get_device_module(device.type).get_device_name(device) if device.type != "cpu" else "cpu"
 
 
 def compare(actual: np.ndarray, reference: np.ndarray, allowed: float = math.inf) -> Difference:
@@ -522,7 +491,7 @@ def compare(actual: np.ndarray, reference: np.ndarray, allowed: float = math.inf
     if not finite.all():
         first = np.unravel_index(int(np.argmin(finite)), shape)
         inf, row, index = math.inf, tuple(map(int, first[:row_axes])), tuple(map(int, first))
-        return Difference(False, inf, inf, inf, inf, row, 0.0, inf, inf, index, int((~finite).sum()), a.size, 0.0)
+        return Difference(inf, inf, inf, inf, row, 0.0, inf, inf, index, int((~finite).sum()), a.size, 0.0)
     error, norm_a, norm_r = (np.linalg.norm(x, axis=1) for x in (a - r, a, r))
     floored = np.maximum(norm_r, max(ROW_NORM_FLOOR * math.sqrt(np.mean(norm_r**2)), tiny))
     relative = error / floored
@@ -530,7 +499,6 @@ def compare(actual: np.ndarray, reference: np.ndarray, allowed: float = math.inf
     cosine = np.where(error == 0, 1.0, np.sum(a * r, axis=1) / np.maximum(norm_a * norm_r, tiny))
     ratio = np.where(error == 0, 1.0, norm_a / np.maximum(norm_r, tiny))
     return Difference(
-        finite=True,
         max_abs=float(np.abs(a - r).max()),
         mean_abs=float(np.abs(a - r).mean()),
         rel_l2=float(np.linalg.norm(error) / max(np.linalg.norm(norm_r), tiny)),
@@ -558,8 +526,8 @@ def forward_outputs(model: torch.nn.Module, images: torch.Tensor) -> dict[str, n
     Args:
         images: (B, 3, H, W) on the model's device and in its dtype.
 
-    Returns "tokens", (B, N, C), or "unpooled" where a model has no tokens; "embedding", (B, C); and "logits" where the
-    model has a classifier.
+    Returns "embedding", (B, C); "logits" where the model has a classifier; and "tokens", (B, N, C), or "unpooled" where
+    a model has no tokens.
     """
     with torch.inference_mode():
         unpooled = model.forward_features(images)
@@ -568,6 +536,25 @@ def forward_outputs(model: torch.nn.Module, images: torch.Tensor) -> dict[str, n
             outputs["logits"] = model.forward_head(unpooled)
         outputs["tokens" if unpooled.ndim == 3 else "unpooled"] = unpooled
         return {name: to_host(output) for name, output in outputs.items()}
+
+
+def sha256(tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes, in order."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def shape_text(shape: tuple) -> str:
+    return "x".join(map(str, shape))
+
+
+def row_text(row: tuple[int, ...], seeded: float = math.inf) -> str:
+    """(3, 17) -> "image 3, token 17", counted from 0 as in the tensors. What follows the seeded images are pictures."""
+    image = f"image {row[0]}" if row[0] < seeded else f"picture {row[0] - seeded}"
+    return ", ".join([image, *(f"token {index}" for index in row[1:])])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -585,19 +572,14 @@ def find_device(name: str) -> torch.device:
     if kind == "cpu":
         return torch.device("cpu")
     if kind == "npu":
-        _import_torch_npu()
+        find_npu()
     try:
-        module = torch.get_device_module(kind)
+        count = torch.get_device_module(kind).device_count()
     except RuntimeError as error:
         raise CannotRun(f"torch {torch.__version__} has no device of the kind {kind!r}") from error
-    count = module.device_count()
     if not count:
-        raise CannotRun(
-            f"no {kind} device is visible to torch {torch.__version__}: check npu-smi info, the container's devices and"
-            " ASCEND_RT_VISIBLE_DEVICES (for a rehearsal without an NPU: --device cpu)"
-            if kind == "npu"
-            else f"no {kind} device is visible to torch {torch.__version__}"
-        )
+        advice = ": check npu-smi info, the container's devices and ASCEND_RT_VISIBLE_DEVICES" + REHEARSE
+        raise CannotRun(f"no {kind} device is visible to torch {torch.__version__}{advice if kind == 'npu' else ''}")
     if int(index or 0) >= count:
         raise CannotRun(f"there is no {name}: {count} {kind} device(s) visible, {kind}:0 to {kind}:{count - 1}")
     device = torch.device(kind, int(index or 0))
@@ -612,53 +594,38 @@ def find_device(name: str) -> torch.device:
 
 def measure_device(device: torch.device, seed: int) -> DeviceRecord:
     """Versions, switches and memory; and a real matrix product of the device against float64 on the CPU."""
-    versions = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
-    versions["torch"] = torch.__version__
-    description, free_bytes = str(device), None
-    if device.type == "npu":
-        versions |= ascend_versions()
-    elif device.type == "cuda":
-        versions["CUDA"] = str(torch.version.cuda)
+    facts = {"device": str(device), "python": platform.python_version()}
+    facts |= {"platform": f"{platform.system()} {platform.machine()}", "torch": torch.__version__}
+    free_bytes = None
     if device.type != "cpu":
         module = torch.get_device_module(device.type)
         free_bytes, total_bytes = module.mem_get_info(device)
-        description += f" {chip_name(device)}, {module.device_count()} visible, {total_bytes / 2**30:.1f} GiB"
-    versions |= {name: importlib.metadata.version(name) for name in ("timm", "numpy")}
+        facts["device"] += f" {chip_name(device)}, {module.device_count()} visible, {total_bytes / GIB:.1f} GiB"
+    if device.type == "npu":
+        facts |= ascend_versions()
+    elif device.type == "cuda":
+        facts["CUDA"] = str(torch.version.cuda)
+    facts |= {name: importlib.metadata.version(name) for name in ("timm", "numpy")}
+    facts["CPU threads"] = str(torch.get_num_threads())
+    if arithmetic := fp32_arithmetic(device):
+        facts["fp32 is computed in"] = ", ".join(f"{name} {kind}" for name, kind in arithmetic.items())
+    if environment := " ".join(f"{name}={os.environ[name]}" for name in ENVIRONMENT if name in os.environ):
+        facts["environment"] = environment
     generator = torch.Generator().manual_seed(seed)
     a, b = (torch.randn(PROBE_SIZE, PROBE_SIZE, generator=generator) for _ in range(2))
-    product = a.to(device) @ b.to(device)
-    return DeviceRecord(
-        description=description,
-        versions=versions,
-        fp32_arithmetic=fp32_arithmetic(device),
-        environment={name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
-        threads=torch.get_num_threads(),
-        free_bytes=free_bytes,
-        probe=compare(to_host(product), to_host(a.double() @ b.double())),
-    )
+    probe = compare(to_host(a.to(device) @ b.to(device)), to_host(a.double() @ b.double()))
+    return DeviceRecord(facts, arithmetic.get("matmul", "float32"), free_bytes, probe)
 
 
-def judge_device(record: DeviceRecord, device: torch.device) -> list[Entry]:
-    entries = [Entry("device", record.description)]
-    entries += [Entry(name, version) for name, version in record.versions.items()]
-    entries.append(Entry("CPU threads", str(record.threads)))
-    if record.fp32_arithmetic:
-        arithmetic = ", ".join(f"{name} {kind}" for name, kind in record.fp32_arithmetic.items())
-        entries.append(Entry("fp32 is computed in", arithmetic))
-    entries += [Entry("environment", f"{name}={value}") for name, value in record.environment.items()]
-    limit = OPERATOR_LIMIT[record.fp32_arithmetic.get("matmul", "float32")]
-    entries.append(
-        Entry(
-            "computes",
-            f"a {PROBE_SIZE} x {PROBE_SIZE} matrix product, relative L2 error {record.probe.worst_rel_l2:.1e}"
-            f" (limit {limit:.1e})",
-            verdict(record.probe.worst_rel_l2 <= limit),
-            "a plain matrix product is wrong",
-            "the device returns wrong numbers for a plain matrix product: check it with the vendor's tools",
-        )
-    )
+def judge_device(record: DeviceRecord) -> list[Entry]:
+    found, limit = record.probe.worst_rel_l2, OPERATOR_LIMIT[record.arithmetic]
+    text = f"a {PROBE_SIZE} x {PROBE_SIZE} matrix product, relative L2 error {found:.1e} (limit {limit:.1e})"
+    problem = "a plain matrix product is wrong"
+    advice = "the device returns wrong numbers for a plain matrix product: check it with the vendor's tools"
+    entries = [Entry(name, fact) for name, fact in record.facts.items()]
+    entries.append(Entry("computes", text, verdict(found <= limit), problem, advice))
     if record.free_bytes is not None:
-        entries.append(Entry("free memory", f"{record.free_bytes / 2**30:.1f} GiB", varies=True))
+        entries.append(Entry("free memory", f"{record.free_bytes / GIB:.1f} GiB", varies=True))
     return entries
 
 
@@ -677,6 +644,8 @@ def load_model(name: str, weights: str, seed: int, rope_bf16: bool = False) -> t
     if not timm.is_model(name.split(".")[0]):
         near = difflib.get_close_matches(name, timm.list_models() + timm.list_pretrained(), n=3, cutoff=0.5)
         raise CannotRun(f"timm {timm.__version__} has no model {name!r}; near: {', '.join(near) or 'none'}")
+    if weights == "pretrained":
+        check_hub()
     try:
         model = timm.create_model(name, pretrained=weights == "pretrained").eval()
     except Exception as error:  # huggingface_hub, its HTTP client, safetensors and timm each have their own
@@ -686,10 +655,9 @@ def load_model(name: str, weights: str, seed: int, rope_bf16: bool = False) -> t
         advice = "set HF_ENDPOINT=https://hf-mirror.com where huggingface.co is out of reach"
         if "Gated" in type(error).__name__:
             advice = "ask for access on the model's page and set HF_TOKEN"
-        raise CannotRun(
-            f"the weights of {name} could not be loaded ({type(error).__name__}: {first_line(error)}): {advice}, or use"
-            " --weights FILE or random"
-        ) from error
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        use = "or use --weights FILE or random"
+        raise CannotRun(f"the weights of {name} could not be loaded ({reason}): {advice}, {use}") from error
     if weights == "random":
         draw_weights(model, seed)
     elif weights != "pretrained":
@@ -699,13 +667,52 @@ def load_model(name: str, weights: str, seed: int, rope_bf16: bool = False) -> t
     return model
 
 
-def truncate_rope_periods(model: torch.nn.Module) -> None:
-    """Round the RoPE periods to bfloat16, in place: so the original DINOv3 stores them; timm computes them in fp32."""
-    modules = [module for module in model.modules() if isinstance(getattr(module, "periods", None), torch.Tensor)]
-    if not modules:
-        raise CannotRun("--rope-bf16: this model has no RoPE periods")
-    for module in modules:
-        module.periods = module.periods.to(torch.bfloat16).to(torch.float32)
+def check_hub() -> None:
+    """Where the hub does not answer in HUB_SECONDS, use only its cache: its client would try for minutes."""
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
+    except Exception as error:  # of requests or of httpx, which the client uses from version 1.0 on
+        answer = f"{constants.ENDPOINT} does not answer ({first_line(error)})"
+        print(f"validate_npu.py: {printable(answer)}: looking for the weights in its cache only", file=sys.stderr)
+        constants.HF_HUB_OFFLINE = True
+
+
+def load_weights_file(model: torch.nn.Module, path: str) -> None:
+    """Load a local checkpoint: .safetensors, or a state dict that loads with weights_only, so that no code runs.
+
+    Original key names are converted where timm has a filter for the model. Raises CannotRun when the file is missing,
+    damaged, no plain tensors, or of another model.
+    """
+    if not os.path.isfile(path):
+        raise CannotRun(f"the weights file {path} does not exist (--weights takes pretrained, random or a file)")
+    try:
+        state = timm.models.load_state_dict(path, device="cpu", weights_only=True)
+        convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+        state = convert(state, model) if convert else state
+        state = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    except Exception as error:  # pickle, zipfile, safetensors, struct: a damaged file fails in many ways
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        reason = "it is not plain tensors" if "weights_only" in str(error) else reason
+        wanted = "it must be a .safetensors file, or a state dict saved by torch.save, whole and unchanged"
+        raise CannotRun(f"the weights file {path} cannot be read ({reason}): {wanted}") from error
+    wanted = model.state_dict()
+    problems = {
+        "missing": [key for key in wanted if key not in state],
+        "unexpected": [key for key in state if key not in wanted],
+        "of another shape": [key for key in state if key in wanted and state[key].shape != wanted[key].shape],
+    }
+    listed = [
+        f"{len(keys)} {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        for kind, keys in problems.items()
+        if keys
+    ]
+    if listed:
+        raise CannotRun(f"the weights file {path} is of another model than --model: keys {'; '.join(listed)}")
+    model.load_state_dict(state)
 
 
 def draw_weights(model: torch.nn.Module, seed: int) -> None:
@@ -728,40 +735,13 @@ def draw_weights(model: torch.nn.Module, seed: int) -> None:
                 parameter.normal_(0, parameter[0].numel() ** -0.5, generator=generator)
 
 
-def load_weights_file(model: torch.nn.Module, path: str) -> None:
-    """Load a local checkpoint: .safetensors, or a state dict that loads with weights_only, so that no code runs.
-
-    Original key names are converted where timm has a filter for the model. Raises CannotRun when the file is missing,
-    damaged, no plain tensors, or of another model.
-    """
-    if not os.path.isfile(path):
-        raise CannotRun(f"the weights file {path} does not exist (--weights takes pretrained, random or a file)")
-    try:
-        state = timm.models.load_state_dict(path, device="cpu", weights_only=True)
-        convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-        state = convert(state, model) if convert else state
-        state = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
-    except Exception as error:  # pickle, zipfile, safetensors, struct: a damaged file fails in many ways
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        reason = "it is not plain tensors" if "weights_only" in str(error) else reason
-        raise CannotRun(
-            f"the weights file {path} cannot be read ({reason}): it must be a .safetensors file, or a state dict"
-            " saved by torch.save, whole and unchanged"
-        ) from error
-    wanted = model.state_dict()
-    problems = {
-        "missing": [key for key in wanted if key not in state],
-        "unexpected": [key for key in state if key not in wanted],
-        "of another shape": [key for key in state if key in wanted and state[key].shape != wanted[key].shape],
-    }
-    if any(problems.values()):
-        listed = [
-            f"{len(keys)} {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-            for kind, keys in problems.items()
-            if keys
-        ]
-        raise CannotRun(f"the weights file {path} is of another model than --model: keys {'; '.join(listed)}")
-    model.load_state_dict(state)
+def truncate_rope_periods(model: torch.nn.Module) -> None:
+    """Round the RoPE periods to bfloat16, in place: so the original DINOv3 stores them; timm computes them in fp32."""
+    modules = [module for module in model.modules() if isinstance(getattr(module, "periods", None), torch.Tensor)]
+    if not modules:
+        raise CannotRun("--rope-bf16: this model has no RoPE periods")
+    for module in modules:
+        module.periods = module.periods.to(torch.bfloat16).to(torch.float32)
 
 
 def draw_images(count: int, size: tuple[int, int, int], seed: int) -> torch.Tensor:
@@ -778,13 +758,6 @@ def draw_images(count: int, size: tuple[int, int, int], seed: int) -> torch.Tens
     return torch.cat(images)
 
 
-def make_batches(model, sizes: list[int], pictures: list[str], seed: int) -> dict[str, torch.Tensor]:
-    """The inputs by name, (B, 3, H, W) fp32: a single image, each batch size (prefixes of one draw), the pictures."""
-    images = draw_images(max(sizes), timm.data.resolve_model_data_config(model)["input_size"], seed)
-    batches = {str(size): images[:size] for size in dict.fromkeys([1, *sizes])}
-    return batches | {"pictures": load_pictures(pictures, model)} if pictures else batches
-
-
 def load_pictures(paths: list[str], model: torch.nn.Module) -> torch.Tensor:
     """Real pictures through the model's own timm transforms, (len(paths), 3, H, W), fp32. Raises CannotRun."""
     from PIL import Image
@@ -799,19 +772,11 @@ def load_pictures(paths: list[str], model: torch.nn.Module) -> torch.Tensor:
     return torch.stack(pictures)
 
 
-def describe_weights(model: torch.nn.Module, weights: str, seed: int) -> str:
-    if weights == "pretrained":
-        return f"pretrained, {model.pretrained_cfg.get('hf_hub_id') or model.pretrained_cfg.get('url')}"
-    return f"random, seed {seed}" if weights == "random" else f"file {os.path.basename(weights)}"
-
-
-def sha256(tensors: dict[str, torch.Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes, in order."""
-    digest = hashlib.sha256()
-    for name, tensor in tensors.items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+def make_batches(model, sizes: list[int], pictures: list[str], seed: int) -> dict[str, torch.Tensor]:
+    """The inputs by name, (B, 3, H, W) fp32: a single image, each batch size (prefixes of one draw), the pictures."""
+    images = draw_images(max(sizes), timm.data.resolve_model_data_config(model)["input_size"], seed)
+    batches = {str(size): images[:size] for size in dict.fromkeys([1, *sizes])}
+    return batches | {"pictures": load_pictures(pictures, model)} if pictures else batches
 
 
 def measure_model(model, device_model, batches: dict[str, torch.Tensor], device: torch.device) -> ModelRecord:
@@ -830,10 +795,19 @@ def measure_model(model, device_model, batches: dict[str, torch.Tensor], device:
     )
 
 
+def describe_weights(model: torch.nn.Module, weights: str, seed: int) -> str:
+    if weights == "pretrained":
+        return f"pretrained, {model.pretrained_cfg.get('hf_hub_id') or model.pretrained_cfg.get('url')}"
+    return f"random, seed {seed}" if weights == "random" else f"file {os.path.basename(weights)}"
+
+
 def judge_model(record: ModelRecord, weights: str, load_seconds: float, device: torch.device) -> list[Entry]:
     config = record.data_config
     numbers = {key: " ".join(f"{value:g}" for value in config[key]) for key in ("mean", "std")}
     size = " x ".join(map(str, config["input_size"]))
+    same = verdict(record.device_sha256 == record.weights_sha256)
+    differ = f"they differ, SHA-256 {record.device_sha256}"
+    corrupts = "the device's memory, or the transfer to it and back, corrupts data: check the card"
     entries = [
         Entry("parameters", f"{record.parameters:,}"),
         Entry("input", f"{size}, {config['interpolation']}, crop {config['crop_pct']:g}"),
@@ -841,32 +815,18 @@ def judge_model(record: ModelRecord, weights: str, load_seconds: float, device: 
         Entry("weights", weights),
         Entry("weights SHA-256", record.weights_sha256),
         Entry("inputs SHA-256", record.inputs_sha256),
-        Entry(
-            f"weights on {device.type}",
-            "read back, equal the host's bit for bit",
-            verdict(record.device_sha256 == record.weights_sha256),
-            f"they differ, SHA-256 {record.device_sha256}",
-            "the device's memory, or the transfer to it and back, corrupts data: check the card",
-        ),
+        Entry(f"weights on {device.type}", "read back, equal the host's bit for bit", same, differ, corrupts),
     ]
     if device.type != "npu":
         entries.append(Entry("operators", "", SKIP, "only torch_npu falls back to the CPU unseen"))
     elif os.environ.get("TORCH_NPU_FALLBACK_CPU_DISABLE") == "1":
         entries.append(Entry("operators", "all on the NPU, none fell back to the CPU", PASS))
     else:
-        entries.append(
-            Entry(
-                "operators",
-                "",
-                WARN,
-                "TORCH_NPU_FALLBACK_CPU_DISABLE is set to 0, so an operator may run on the CPU unseen",
-                "unset it, so that an operator without an NPU kernel is named",
-            )
-        )
+        problem = "TORCH_NPU_FALLBACK_CPU_DISABLE is set to 0, so an operator may run on the CPU unseen"
+        entries.append(Entry("operators", "", WARN, problem, "unset it, so that such an operator is named"))
     entries.append(Entry("loaded in", f"{load_seconds:.1f} s", varies=True))
     first_call = f"{record.first_call_seconds:.2f} s, kernel compilation included{jit_compile_state(device)}"
-    entries.append(Entry("first call", first_call, varies=True))
-    return entries
+    return [*entries, Entry("first call", first_call, varies=True)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -904,58 +864,6 @@ def expected_shape(name: str, model, maps, images: torch.Tensor) -> tuple | None
     return None
 
 
-def measure_outputs(model, maps, batches, first, device) -> tuple[list[OutputRecord], dict[str, np.ndarray]]:
-    """Run every batch on the device, and every image alone, and describe what comes out.
-
-    Returns the records, and model(x) for each batch that fitted into the device's memory.
-
-    Args:
-        model, maps: the model and its feature extractor (or None), on the device.
-        batches: name -> (B, 3, H, W) fp32 on the host. A batch of one is its own "alone" and gets no comparison.
-        first: outputs of batch "1" from an earlier pass, which are to repeat.
-    """
-    records, direct = [], {}
-    alone: dict[str, dict[str, np.ndarray]] = {}  # by the image's hash, because batches share images
-    for batch, images in batches.items():
-        try:
-            outputs, direct[batch] = run_batch(model, maps, images.to(device))
-            keys = [sha256({"": image}) for image in images]
-            for i, key in enumerate(keys):
-                if key not in alone:
-                    alone[key] = outputs if len(images) == 1 else forward_outputs(model, images[i : i + 1].to(device))
-        except torch.OutOfMemoryError:
-            torch.accelerator.empty_cache()
-            direct.pop(batch, None)
-            continue
-        for name, output in outputs.items():
-            rows = np.asarray(output, np.float64).reshape(len(output), -1)
-            # Feature maps are only there for an image that was a batch of one.
-            repeats = [direct[batch]] if name == ("logits" if "logits" in outputs else "embedding") else []
-            repeats += [first[name]] if batch == "1" and name in first else []
-            repeats = [compare(repeat, output) for repeat in repeats]
-            known = [i for i, key in enumerate(keys) if len(images) > 1 and name in alone[key]]
-            singles = [alone[keys[i]][name] for i in known]
-            records.append(
-                OutputRecord(
-                    name=name,
-                    batch=batch,
-                    shape=output.shape,
-                    expected_shape=expected_shape(name, model, maps, images),
-                    dtype=str(output.dtype),
-                    nonfinite=int(np.count_nonzero(~np.isfinite(rows))),
-                    minimum=float(rows.min()),
-                    maximum=float(rows.max()),
-                    mean=float(rows.mean()),
-                    std=float(rows.std()),
-                    smallest_row_std=float(rows.std(axis=1).min()),
-                    closest_rows=closest_rows(rows),
-                    alone=compare(output[known], np.concatenate(singles)) if known else None,
-                    repeat=max(repeats, key=lambda repeat: repeat.max_abs, default=None),
-                )
-            )
-    return records, direct
-
-
 def run_batch(model, maps, inputs: torch.Tensor) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """All outputs of a batch on its device, feature maps included, and model(x), which repeats one of them."""
     outputs = forward_outputs(model, inputs)
@@ -972,32 +880,68 @@ def closest_rows(rows: np.ndarray) -> float:
     return min(distances, default=math.inf)
 
 
+def measure_outputs(model, maps, batches, first, device) -> tuple[list[OutputRecord], dict[str, np.ndarray]]:
+    """Run every batch on the device, and every image alone, and describe what comes out.
+
+    Returns the records, and model(x) for each batch that fitted into the device's memory.
+
+    Args:
+        model, maps: the model and its feature extractor (or None), on the device.
+        batches: name -> (B, 3, H, W) fp32 on the host. A batch of one is its own "alone" and gets no comparison.
+        first: outputs of batch "1" from an earlier pass, which are to repeat.
+    """
+    records, direct = [], {}
+    alone: dict[str, dict[str, np.ndarray]] = {}  # by the image's hash, because batches share images
+    for batch, images in batches.items():
+        keys = [sha256({"": image}) for image in images]
+        try:
+            outputs, again = run_batch(model, maps, images.to(device))
+            for i, key in enumerate(keys):
+                if key not in alone:
+                    alone[key] = outputs if len(images) == 1 else forward_outputs(model, images[i : i + 1].to(device))
+        except torch.OutOfMemoryError:
+            torch.accelerator.empty_cache()
+            continue
+        direct[batch] = again
+        for name, output in outputs.items():
+            shape = expected_shape(name, model, maps, images)
+            # Feature maps are only there for an image that was a batch of one.
+            known = [i for i, key in enumerate(keys) if len(images) > 1 and name in alone[key]]
+            singles = [alone[keys[i]][name] for i in known]
+            difference = compare(output[known], np.concatenate(singles)) if known else None
+            repeats = [again] if name == ("logits" if "logits" in outputs else "embedding") else []
+            repeats += [first[name]] if batch == "1" and name in first else []
+            repeats = [compare(repeat, output) for repeat in repeats]
+            repeat = max(repeats, key=lambda found: found.max_abs, default=None)
+            records.append(OutputRecord(name, batch, output, shape, difference, repeat))
+    return records, direct
+
+
 def judge_outputs(records: list[OutputRecord], too_large: list[str]) -> list[Entry]:
     columns = "".join(f"{name:>10}" for name in ("min", "max", "mean", "std"))
     entries = [Entry("", f"{'batch':>8}  {'shape':<17}{'dtype':<9}{columns}  row against the image alone")]
+    advice = "stage 4 compares with the CPU and says where it begins; the device's own log is in ~/ascend/log"
     for record in records:
-        alone = record.alone
-        problems = []
-        if record.expected_shape not in (None, record.shape):
+        values, alone, problems = record.values, record.alone, []
+        rows = np.asarray(values, np.float64).reshape(len(values), -1)
+        if record.expected_shape not in (None, values.shape):
             problems.append(f"the shape should be {shape_text(record.expected_shape)}")
-        if record.nonfinite:
-            problems.append(f"{record.nonfinite} of {math.prod(record.shape)} values are NaN or infinite")
-        elif record.smallest_row_std == 0:
+        if nonfinite := np.count_nonzero(~np.isfinite(rows)):
+            problems.append(f"{nonfinite} of {rows.size} values are NaN or infinite")
+        elif rows.std(axis=1).min() == 0:
             problems.append("collapsed: all values of an image are equal")
-        elif record.closest_rows < DISTINCT_REL_L2:
-            problems.append(f"different images give the same output (relative distance {record.closest_rows:.1e})")
+        elif (distance := closest_rows(rows)) < DISTINCT_REL_L2:
+            problems.append(f"different images give the same output (relative distance {distance:.1e})")
         outcome = FAIL if problems else PASS
-        if alone is not None and (distance := judge_limits(alone, SAME_INPUT_LIMIT)) != PASS:
+        if alone is not None and (judged := judge_limits(alone, SAME_INPUT_LIMIT)) != PASS:
             row, index = f"{row_text(alone.worst_row)} by {alone.worst_rel_l2:.1e}", f"index {alone.worst_index}"
             where = f"{row}, {index} by {alone.worst_element:.1e} (limit {SAME_INPUT_LIMIT[0]:.1e})"
             problems.append(f"differs from the same image alone: {where}")
-            outcome = FAIL if FAIL in (outcome, distance) else WARN
-        numbers = "".join(f"{x:>10.4f}" for x in (record.minimum, record.maximum, record.mean, record.std))
-        text = f"{record.batch:>8}  {shape_text(record.shape):<17}{record.dtype:<9}{numbers}"
+            outcome = FAIL if FAIL in (outcome, judged) else WARN
+        numbers = "".join(f"{x:>10.4f}" for x in (rows.min(), rows.max(), rows.mean(), rows.std()))
+        text = f"{record.batch:>8}  {shape_text(values.shape):<17}{values.dtype!s:<9}{numbers}"
         text += "" if alone is None else f"  {alone.worst_rel_l2:.1e}"
-        problem = f"batch {record.batch}: {'; '.join(problems)}"
-        advice = "stage 4 compares with the CPU and says where it begins; the device's own log is in ~/ascend/log"
-        entries.append(Entry(record.name, text, outcome, problem, advice))
+        entries.append(Entry(record.name, text, outcome, f"batch {record.batch}: {'; '.join(problems)}", advice))
     for batch in too_large:
         entries.append(Entry(f"batch {batch}", "", WARN, OUT_OF_MEMORY, OUT_OF_MEMORY_ADVICE))
     # Stages 2 to 4 ask for deterministic algorithms, so the same computation twice is to be equal bit for bit.
@@ -1007,18 +951,7 @@ def judge_outputs(records: list[OutputRecord], too_large: list[str]) -> list[Ent
     problem = f"{record.name}, batch {record.batch}: {row_text(worst.worst_row)} differs by {worst.worst_rel_l2:.1e}"
     text = "first call, model(x), forward_head(forward_features(x)): equal bit for bit"
     advice = "the device does not repeat itself, although deterministic algorithms were asked for: is the card healthy?"
-    entries.append(Entry("repeat", text, outcome, f"{problem} the second time", advice))
-    return entries
-
-
-def shape_text(shape: tuple) -> str:
-    return "x".join(map(str, shape))
-
-
-def row_text(row: tuple[int, ...], seeded: float = math.inf) -> str:
-    """(3, 17) -> "image 3, token 17", counted from 0 as in the tensors. What follows the seeded images are pictures."""
-    image = f"image {row[0]}" if row[0] < seeded else f"picture {row[0] - seeded}"
-    return ", ".join([image, *(f"token {index}" for index in row[1:])])
+    return [*entries, Entry("repeat", text, outcome, f"{problem} the second time", advice)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1031,6 +964,23 @@ def precision_modes(device: torch.device, amp: list[str]) -> list[str]:
     arithmetic = set(fp32_arithmetic(device).values())
     strict = ["strict float32"] if arithmetic and "float16" not in arithmetic else []
     return ["float32", *strict, *(dtype for dtype in amp if computes_in(device, dtype))]
+
+
+def measure_gelu(device: torch.device) -> GeluProbe:
+    """Which form of GELU the device computes: CANN's aclnnGelu is the tanh form whatever `approximate` says."""
+    x = torch.linspace(-6, 6, 4097)
+    gelu = torch.nn.functional.gelu
+    actual = gelu(x.to(device)).cpu().double()
+    errors = [(gelu(x.double(), approximate=form) - actual).abs().max() for form in ("none", "tanh")]
+    return GeluProbe(*(float(error) if torch.isfinite(error) else math.inf for error in errors))
+
+
+def with_tanh_gelu(model: torch.nn.Module) -> torch.nn.Module:
+    """A copy of the model whose GELUs are all in the tanh form."""
+    model = copy.deepcopy(model)
+    for name in [name for name, module in model.named_modules() if type(module).__name__ == "GELU"]:
+        model.set_submodule(name, torch.nn.GELU("tanh"))
+    return model
 
 
 def measure_precision(model, device_model, images, device, modes, gelu) -> tuple[list[PrecisionRecord], float]:
@@ -1051,16 +1001,14 @@ def measure_precision(model, device_model, images, device, modes, gelu) -> tuple
     same_gelu = forward_outputs(with_tanh_gelu(model).double(), images.double()) if gelu.is_tanh else fp64
     records = []
     for mode in modes:
-        inputs = images.to(device)
         strict, amp = mode == "strict float32", mode.endswith("float16")
-        reference = same_gelu if strict else fp64
         with (
             strict_fp32(device) if strict else contextlib.nullcontext(),
             torch.autocast(device.type, dtype=getattr(torch, mode)) if amp else contextlib.nullcontext(),
         ):
-            actual = forward_outputs(device_model, inputs)
+            actual = forward_outputs(device_model, images.to(device))
+        reference, allowed = same_gelu if strict else fp64, ELEMENT_FACTOR * OUTPUT_LIMIT[mode][0]
         for name, output in actual.items():
-            allowed = ELEMENT_FACTOR * OUTPUT_LIMIT[mode][0]
             records.append(
                 PrecisionRecord(
                     output=name,
@@ -1071,6 +1019,51 @@ def measure_precision(model, device_model, images, device, modes, gelu) -> tuple
                 )
             )
     return records, cpu_seconds
+
+
+def mismatch_text(found: Difference, limit: float, place: str) -> str:
+    """A mismatch as torch.testing reports it: how many elements, the worst, where, how much was allowed."""
+    many = f"{found.mismatched:,} of {found.elements:,} elements are off by more than {ELEMENT_FACTOR * limit:.1e}"
+    worst = f"the worst by {found.worst_element:.1e} at index {found.worst_index}"
+    return f"{many} of their row, {worst}; worst row {found.worst_rel_l2:.1e} at {place}"
+
+
+def judge_precision(records: list[PrecisionRecord], gelu: GeluProbe, device: torch.device) -> list[Entry]:
+    advice = "the layers below say where it begins; the device's own log is in ~/ascend/log"
+    columns = "".join(f"{name:>10}" for name in ("max abs", "mean abs", "rel L2", "worst row"))
+    columns += f"{'cosine':>11}{'norms':>9}{'x floor':>9}  limit WARN, FAIL"
+    entries = [Entry("", f"{device.type + ' against cpu float64':<25}{columns}")]
+    for record in records:
+        found, (warn, fail) = record.difference, OUTPUT_LIMIT[record.mode]
+        figures = "".join(f"{x:>10.2e}" for x in (found.max_abs, found.mean_abs, found.rel_l2, found.worst_rel_l2))
+        floor = found.rel_l2 / record.floor.rel_l2 if record.floor.rel_l2 else math.inf
+        figures += f"{found.cosine:>11.7f}{found.norm_ratio:>9.5f}{floor:>9.3g}  {warn:.1e}, {fail:.1e}"
+        problem = f"{record.mode}: {mismatch_text(found, warn, row_text(found.worst_row, PRECISION_IMAGES))}"
+        text = f"{record.mode:<25}{figures}"
+        entries.append(Entry(record.output, text, judge_limits(found, (warn, fail)), problem, advice))
+
+    for record in (record for record in records if record.output == "embedding" and record.mode == "float32"):
+        found = record.against_fp32
+        what = f"embedding, {device.type} float32 against cpu float32"
+        limit = CARD_MAX_ABS * max(1.0, found.reference_rms)
+        text = f"{what}: max abs {found.max_abs:.2e}, mean abs {found.mean_abs:.2e} (limit {limit:.1e})"
+        entries.append(Entry("card's check", text, verdict(found.max_abs <= limit), "above the limit", advice))
+        text = f"{what}: rel L2 {found.rel_l2:.2e} (limit {REVIEW_REL_L2:.1e})"
+        passed = verdict(found.rel_l2 <= REVIEW_REL_L2)
+        entries.append(Entry("error below 1 %", text, passed, "above the limit", advice))
+
+    errors = {record.mode: record.difference.rel_l2 for record in records if record.output == "embedding"}
+    default, strict = errors.get("float32", 0), errors.get("strict float32", math.inf)
+    if default > 2 * strict:
+        mode, switch = ("HF32", "torch.npu.conv.allow_hf32") if device.type == "npu" else ("TF32", "cudnn.allow_tf32")
+        same_gelu = " and with the same form of GELU" if gelu.is_tanh else ""
+        text = f"embedding off by {default:.1e} as it is set, by {strict:.1e} without {mode}{same_gelu}"
+        entries.append(Entry(f"explained: {mode}", f"{text}; {switch} = False switches it off"))
+    if gelu.is_tanh:
+        text = f"the device computes the tanh form (off by {gelu.tanh:.1e}; {gelu.erf:.1e} from the erf form)"
+        text += "; TORCH_NPU_USE_COMPATIBLE_IMPL=1 before the start selects erf"
+        entries.append(Entry("explained: GELU", text))
+    return entries
 
 
 def measure_layers(model, device_model, images, device) -> tuple[list[LayerRecord], LayerRecord]:
@@ -1137,77 +1130,6 @@ def measure_layers(model, device_model, images, device) -> tuple[list[LayerRecor
     return records, control[0]
 
 
-def measure_gelu(device: torch.device) -> GeluProbe:
-    """Which form of GELU the device computes: CANN's aclnnGelu is the tanh form whatever `approximate` says."""
-    x = torch.linspace(-6, 6, 4097)
-    gelu = torch.nn.functional.gelu
-    actual = gelu(x.to(device)).cpu().double()
-    errors = [(gelu(x.double(), approximate=form) - actual).abs().max() for form in ("none", "tanh")]
-    return GeluProbe(*(float(error) if torch.isfinite(error) else math.inf for error in errors))
-
-
-def with_tanh_gelu(model: torch.nn.Module) -> torch.nn.Module:
-    """A copy of the model whose GELUs are all in the tanh form."""
-    model = copy.deepcopy(model)
-    for name in [name for name, module in model.named_modules() if type(module).__name__ == "GELU"]:
-        model.set_submodule(name, torch.nn.GELU("tanh"))
-    return model
-
-
-def mismatch_text(found: Difference, limit: float, place: str) -> str:
-    """A mismatch as torch.testing reports it: how many elements, the worst, where, how much was allowed."""
-    many = f"{found.mismatched:,} of {found.elements:,} elements are off by more than {ELEMENT_FACTOR * limit:.1e}"
-    worst = f"the worst by {found.worst_element:.1e} at index {found.worst_index}"
-    return f"{many} of their row, {worst}; worst row {found.worst_rel_l2:.1e} at {place}"
-
-
-def judge_limits(found: Difference, limits: tuple[float, float]) -> str:
-    """PASS, WARN or FAIL, for the worst row and for the worst element. What is not finite fails."""
-    for outcome, limit in ((FAIL, limits[1]), (WARN, limits[0])):
-        if not (found.worst_rel_l2 <= limit and found.worst_element <= ELEMENT_FACTOR * limit):
-            return outcome
-    return PASS
-
-
-def judge_precision(records: list[PrecisionRecord], gelu: GeluProbe, device: torch.device) -> list[Entry]:
-    advice = "the layers below say where it begins; the device's own log is in ~/ascend/log"
-    columns = "".join(f"{name:>10}" for name in ("max abs", "mean abs", "rel L2", "worst row"))
-    columns += f"{'cosine':>11}{'norms':>9}{'x floor':>9}  limit WARN, FAIL"
-    entries = [Entry("", f"{device.type + ' against cpu float64':<25}{columns}")]
-    for record in records:
-        found, (warn, fail) = record.difference, OUTPUT_LIMIT[record.mode]
-        figures = "".join(f"{x:>10.2e}" for x in (found.max_abs, found.mean_abs, found.rel_l2, found.worst_rel_l2))
-        floor = found.rel_l2 / record.floor.rel_l2 if record.floor.rel_l2 else math.inf
-        figures += f"{found.cosine:>11.7f}{found.norm_ratio:>9.5f}{floor:>9.3g}  {warn:.1e}, {fail:.1e}"
-        problem = f"{record.mode}: {mismatch_text(found, warn, row_text(found.worst_row, PRECISION_IMAGES))}"
-        outcome = judge_limits(found, (warn, fail))
-        entries.append(Entry(record.output, f"{record.mode:<25}{figures}", outcome, problem, advice))
-
-    for record in (record for record in records if record.output == "embedding" and record.mode == "float32"):
-        found = record.against_fp32
-        what = f"embedding, {device.type} float32 against cpu float32"
-        card_limit = CARD_MAX_ABS * max(1.0, found.reference_rms)
-        text = f"{what}: max abs {found.max_abs:.2e}, mean abs {found.mean_abs:.2e} (limit {card_limit:.1e})"
-        passed = found.finite and found.max_abs <= card_limit
-        entries.append(Entry("card's check", text, verdict(passed), "above the limit", advice))
-        text = f"{what}: rel L2 {found.rel_l2:.2e} (limit {REVIEW_REL_L2:.1e})"
-        passed = found.finite and found.rel_l2 <= REVIEW_REL_L2
-        entries.append(Entry("error below 1 %", text, verdict(passed), "above the limit", advice))
-
-    errors = {record.mode: record.difference.rel_l2 for record in records if record.output == "embedding"}
-    default, strict = errors.get("float32", 0), errors.get("strict float32", math.inf)
-    if default > 2 * strict:
-        mode, switch = ("HF32", "torch.npu.conv.allow_hf32") if device.type == "npu" else ("TF32", "cudnn.allow_tf32")
-        same_gelu = " and with the same form of GELU" if gelu.is_tanh else ""
-        text = f"embedding off by {default:.1e} as it is set, by {strict:.1e} without {mode}{same_gelu}"
-        entries.append(Entry(f"explained: {mode}", f"{text}; {switch} = False switches it off"))
-    if gelu.is_tanh:
-        text = f"the device computes the tanh form (off by {gelu.tanh:.1e}; {gelu.erf:.1e} from the erf form)"
-        text += "; TORCH_NPU_USE_COMPATIBLE_IMPL=1 before the start selects erf"
-        entries.append(Entry("explained: GELU", text))
-    return entries
-
-
 def judge_layers(records: list[LayerRecord], control: LayerRecord, device: torch.device) -> list[Entry]:
     """A line for each kind of module, with the worst of its kind; the first module out of limits is named."""
 
@@ -1236,8 +1158,7 @@ def judge_layers(records: list[LayerRecord], control: LayerRecord, device: torch
     text += "noticed, as it must be" if noticed else "not noticed"
     problem = "an error of 1 % in a weight matrix was not noticed"
     advice = "do not trust this validation: its layer check cannot tell"
-    entries.append(Entry("control", text, verdict(noticed), problem, advice))
-    return entries
+    return [*entries, Entry("control", text, verdict(noticed), problem, advice)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1358,6 +1279,7 @@ def measure_throughput(model, sizes, modes, size, seed, stage3: np.ndarray, devi
                     reference = eager.get((dtype, batch), stage3[:batch])
                     timing = time_batches(mode, forward, images, device, warmup, iters, reference)
                 timings.append(dataclasses.replace(timing, first_ms=timing.first_ms + capture_ms))
+                eager[dtype, batch] = timing.output
             except torch.OutOfMemoryError:
                 timings.append(Timing(mode, batch, problem=OUT_OF_MEMORY))
             except RuntimeError as error:
@@ -1366,11 +1288,11 @@ def measure_throughput(model, sizes, modes, size, seed, stage3: np.ndarray, devi
                 timings.append(Timing(mode, batch, problem=f"the forward pass cannot be captured: {explain(error)}"))
                 break
             timing = timings[-1]
-            eager[dtype, batch] = timing.output if timing.output is not None else stage3[:batch]
             saturated = before and timing.total_ms and timing.throughput < SATURATED_GAIN * before.throughput
             if sizes == ["auto"] and (timing.problem or saturated):
                 break
             before = timing
+    synchronize(device)  # a fault that is first seen when python exits would come after the verdict
     return timings
 
 
@@ -1409,7 +1331,7 @@ def judge_throughput(timings: list[Timing], flops: int | None, device, chip: str
         else:
             figures = [f"{x:.2f}" for x in (*np.percentile(timing.total_ms, (50, 90, 99)), max(timing.total_ms))]
             figures += [f"{timing.spread:.1%}", f"{statistics.median(timing.host_ms):.2f}"]
-            figures += ["-" if device.type == "cpu" else "host" if timing.host_share >= HOST_BOUND else "device"]
+            figures += ["-" if device.type == "cpu" else "host" if timing.host_bound else "device"]
             figures += [f"{timing.first_ms:.1f}", "-" if flops is None else f"{flops * timing.throughput / 1e12:.3f}"]
             row = f"{timing.batch:>6}{timing.throughput:>11.2f}{''.join(f'{x:>9}' for x in figures)}"
             peak = "-" if timing.peak_bytes is None else f"{timing.peak_bytes / MIB:.1f}"
@@ -1418,24 +1340,7 @@ def judge_throughput(timings: list[Timing], flops: int | None, device, chip: str
     by_mode = {mode: [t for t in timings if t.mode == mode] for mode in dict.fromkeys(t.mode for t in timings)}
     for group in by_mode.values():
         entries += explain_throughput(group, flops, device, chip)
-    entries += chart(timings)
-    return entries + [judge_timed_outputs(mode, group) for mode, group in by_mode.items()]
-
-
-def judge_timed_outputs(mode: str, timings: list[Timing]) -> Entry:
-    """Whether the timed outputs of one mode are those of its reference: stage 3's, and for a graph those without it."""
-    dtype = mode.split()[0]
-    limits = SAME_INPUT_LIMIT if dtype == "float32" else OUTPUT_LIMIT[dtype]
-    reference = f"{dtype} without graph" if "graph" in mode else "stage 3, in float32"
-    text = f"{mode}: all as those of {reference} (limit {limits[0]:.1e})"
-    advice = "the device computes something else under load: run it again, check the card's temperature and memory"
-    changed = [timing for timing in timings if timing.difference]
-    if not changed:
-        return Entry("timed outputs", text, PASS)
-    worst = max(changed, key=lambda timing: timing.difference.worst_rel_l2)
-    row, error = row_text(worst.difference.worst_row), worst.difference.worst_rel_l2
-    problem = f"{mode}, batch {worst.batch}: {row} differs by {error:.1e}"
-    return Entry("timed outputs", text, judge_limits(worst.difference, limits), problem, advice)
+    return entries + chart(timings) + [judge_timed_outputs(mode, group) for mode, group in by_mode.items()]
 
 
 def explain_throughput(timings: list[Timing], flops: int | None, device, chip: str) -> list[Entry]:
@@ -1445,16 +1350,14 @@ def explain_throughput(timings: list[Timing], flops: int | None, device, chip: s
         return ", ".join(str(timing.batch) for timing in timings if test(timing))
 
     best = max(timings, key=lambda timing: timing.throughput)
-    grows = [b.throughput >= SATURATED_GAIN * a.throughput for a, b in zip(timings, timings[1:])]
-    end = ""
-    if grows:
-        saturated = "it saturates at batch {}".format(timings[grows.index(False)].batch) if False in grows else ""
-        end = f"; {saturated or 'the largest that was tried, and throughput still grows: see --batch-sizes auto'}"
+    saturated = [a.batch for a, b in zip(timings, timings[1:]) if b.throughput < SATURATED_GAIN * a.throughput]
+    end = "; the largest that was tried, and throughput still grows: see --batch-sizes auto" if timings[1:] else ""
+    end = f"; it saturates at batch {saturated[0]}" if saturated else end
     notes = {"best": f"batch {best.batch} with {best.throughput:.2f} images/s{end}"}
     if flops and (peak := FP16_PEAK.get(chip.removesuffix(" (emulated)"))):
         share = flops * best.throughput / 1e12 / peak
         notes["of the peak"] = f"{share:.2%} of the {peak} TFLOP/s that {chip} has in fp16"
-    if device.type != "cpu" and (bound := sizes(lambda timing: timing.host_share >= HOST_BOUND)):
+    if device.type != "cpu" and (bound := sizes(lambda timing: timing.host_bound)):
         notes["host-bound"] = (
             f"batch {bound}: launching takes over {HOST_BOUND:.0%} of the time, so the device waits; larger batches are"
             " nearly free, --graph or a faster CPU help"
@@ -1481,103 +1384,20 @@ def chart(timings: list[Timing], width: int = 30) -> list[Entry]:
     return entries
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The report
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def say(text: str) -> None:
-    """Print a line on stdout. One that was closed early (| head) does not end the run: its log is still wanted."""
-    try:
-        print(text, flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def printable(text: str) -> str:
-    """What comes from outside (names, messages) cannot break a line: control characters are escaped, in any locale."""
-    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-class Report:
-    """Prints entries as they come, keeps the lines for the log, and says the result."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.checks: list[Entry] = []
-        self.quiet = False  # of several cards only one prints
-        self.doing, self.since = "start", time.monotonic()  # for the watch, which ends a run that hangs
-
-    def begin(self, name: str) -> None:
-        self.doing, self.since = name, time.monotonic()
-
-    def line(self, text: str = "") -> None:
-        self.lines.append(printable(text).rstrip())
-        if not self.quiet:
-            say(self.lines[-1])
-
-    def add(self, entries: list[Entry]) -> None:
-        for entry in entries:
-            mark = entry.outcome or ("~" if entry.varies else "")
-            problem = entry.problem if entry.outcome != PASS else ""
-            self.line(f"{mark:<6}{entry.name:<21} {entry.text}{': ' if entry.text and problem else ''}{problem}")
-            if entry.outcome:
-                self.checks.append(entry)
-
-    @contextlib.contextmanager
-    def stage(self, name: str):
-        """A stage's header; what is raised inside becomes a failed check, so that the other stages can still run."""
-        self.begin(name)
-        self.line()
-        self.line(f"[{STAGES.index(name) + 1}/{len(STAGES)}] {name}" if name in STAGES else f"[{name}]")
-        try:
-            yield
-        except (CannotRun, CardsLost):
-            raise
-        except Exception as error:
-            advice = "this stage could not be finished; the device's own log is in ~/ascend/log"
-            self.add([Entry(name, "", FAIL, explain(error), advice)])
-
-    def result(self, note: str, strict: bool) -> int:
-        """List again what failed or warned, with what to do, then the result. Returns the exit status.
-
-        Args:
-            strict: a warning fails, too.
-        """
-        for outcome in (FAIL, WARN):
-            for entry in (entry for entry in self.checks if entry.outcome == outcome):
-                self.line()
-                self.line(f"{outcome}  {entry.name}: {entry.problem}")
-                self.line(f"      -> {entry.advice}")
-        outcomes = [entry.outcome for entry in self.checks]
-        count = {outcome: outcomes.count(outcome) for outcome in (PASS, WARN, FAIL, SKIP)}
-        failed = count[FAIL] or strict and count[WARN]
-        self.line()
-        self.line(
-            f"RESULT: {FAIL if failed else PASS}  {len(self.checks)} checks: {count[PASS]} passed,"
-            f" {count[WARN]} warned, {count[FAIL]} failed, {count[SKIP]} skipped{note}"
-        )
-        return 1 if failed else 0
-
-    def write(self, path: str) -> None:
-        """Replace the log in one step, so that it is the old one or the new one, whole. Raises CannotRun."""
-        folder, name = os.path.split(os.path.realpath(path))
-        temporary = None
-        try:
-            prefix = f".{name}."
-            with tempfile.NamedTemporaryFile("w", dir=folder, prefix=prefix, encoding="utf-8", delete=False) as file:
-                temporary = file.name
-                file.writelines(line + "\n" for line in self.lines)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, os.path.realpath(path))
-        except BaseException as error:
-            with contextlib.suppress(OSError, TypeError):
-                os.unlink(temporary)
-            if isinstance(error, OSError):
-                reason = f"{error.strerror}; its lines are on stdout"
-                raise CannotRun(f"the log cannot be written to {path}: {reason}") from error
-            raise
+def judge_timed_outputs(mode: str, timings: list[Timing]) -> Entry:
+    """Whether the timed outputs of one mode are those of its reference: stage 3's, and for a graph those without it."""
+    dtype = mode.split()[0]
+    limits = SAME_INPUT_LIMIT if dtype == "float32" else OUTPUT_LIMIT[dtype]
+    reference = f"{dtype} without graph" if "graph" in mode else "stage 3, in float32"
+    text = f"{mode}: all as those of {reference} (limit {limits[0]:.1e})"
+    advice = "the device computes something else under load: run it again, check the card's temperature and memory"
+    changed = [timing for timing in timings if timing.difference]
+    if not changed:
+        return Entry("timed outputs", text, PASS)
+    worst = max(changed, key=lambda timing: timing.difference.worst_rel_l2)
+    row, error = row_text(worst.difference.worst_row), worst.difference.worst_rel_l2
+    problem = f"{mode}, batch {worst.batch}: {row} differs by {error:.1e}"
+    return Entry("timed outputs", text, judge_limits(worst.difference, limits), problem, advice)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1586,19 +1406,17 @@ class Report:
 
 
 class Cards:
-    """The processes that torchrun started, one for each card, as one of them sees them; without torchrun there is one.
+    """The processes that torchrun started, one for each card, as one of them sees them; without torchrun, one.
 
-    Numbers go through gloo. Who has arrived goes through the store that torchrun keeps, so that a card that died or
-    hangs is known by its rank.
+    Numbers go through gloo. Who has arrived goes through a store, because gloo does not name a card that died or hangs
+    (monitored_barrier does, but not when the connection was closed before).
     """
 
     def __init__(self) -> None:
         torchrun = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}  # a cluster may set WORLD_SIZE without it
-        self.rank, self.local_rank = (int(torchrun.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
-        self.size = int(torchrun.get("WORLD_SIZE", 1))
-        self.place = f"node {os.environ.get('GROUP_RANK', 0)}"
-        self.note = f" and {self.size - 1} more cards" if self.size > 1 else ""
-        self.store = None
+        numbers = (int(torchrun.get(name, 0)) for name in ("RANK", "LOCAL_RANK", "GROUP_RANK"))
+        self.rank, self.local_rank, self.host = numbers
+        self.size, self.store = int(torchrun.get("WORLD_SIZE", 1)), None
 
     def connect(self, report: Report, seconds: float) -> None:
         """Raises CannotRun where the processes do not find each other."""
@@ -1631,7 +1449,7 @@ class Cards:
                 return absent
             time.sleep(0.05)
 
-    def gather(self, step: str, value) -> list:
+    def gather(self, step: str, value=None) -> list:
         """Each card's value, once all have come to this step.
 
         Raises CardsLost where one has not come in nine tenths of --timeout, before that ends this process, too.
@@ -1665,16 +1483,14 @@ class Cards:
 
     def once_per_host(self, step: str, function, *arguments):
         """The same, on the first card of each host before the others, which then find the download in the cache."""
-        result = None
-        for turn in ("first", "others"):
-            mine = (turn == "first") == (self.local_rank == 0)
-            result = self.all_or_none(f"{step}, {turn}", function if mine else lambda *_: result, *arguments)
-        return result
+        mine, others = function, lambda *_: None
+        first = self.all_or_none(f"{step}, first", mine if self.local_rank == 0 else others, *arguments)
+        return self.all_or_none(f"{step}, others", mine if self.local_rank else lambda *_: first, *arguments)
 
     def turns(self):
         """Yields once in each process, in one after the other."""
         for turn in range(self.size):
-            self.gather(f"turn {turn}", None)
+            self.gather(f"turn {turn}")
             if turn == self.rank:
                 yield
 
@@ -1690,7 +1506,23 @@ def judge_cards(records: list[CardRecord]) -> list[Entry]:
         problem = f"not passed: {', '.join(dict.fromkeys(names[FAIL] + names[WARN]))}"
         advice = f"run it alone for its whole log, on {record.place}"
         entries.append(Entry(f"card {record.rank}", f"{record.place:<34}{figures}", outcome, problem, advice))
+    entries.append(judge_agreement(records))
+    entries.append(Entry("", f"{'':<34}{'batch':>6}{'alone images/s':>16}{'all at once':>13}{'ratio':>7}"))
+    for mode in dict.fromkeys(timing.mode for timing in records[0].together):
+        rows = []
+        for record in records:
+            rates = {t.batch: t.throughput for t in record.alone if t.mode == mode and t.total_ms}
+            both = [(t.batch, rates[t.batch], t.throughput) for t in record.together if t.mode == mode and t.total_ms]
+            rows += [(f"card {record.rank}", *figures) for figures in both]
+        total = ("total", "", sum(row[2] for row in rows), sum(row[3] for row in rows))
+        for name, batch, alone, together in [*rows, total] if rows else []:
+            text = f"{mode:<34}{batch:>6}{alone:>16.2f}{together:>13.2f}{together / alone:>7.2f}"
+            entries.append(Entry(name, text, varies=True))
+    return entries
 
+
+def judge_agreement(records: list[CardRecord]) -> Entry:
+    """Same inputs, same weights, so equal outputs: which cards differ from the most."""
     rows = min(len(record.outputs) for record in records)  # the largest batch may not fit into each card's memory
     groups: dict[bytes, list[CardRecord]] = {}
     for record in records:
@@ -1698,34 +1530,17 @@ def judge_cards(records: list[CardRecord]) -> list[Entry]:
     most = max(groups.values(), key=len)
     others = [record for record in records if record not in most]
     text = "same weights, same inputs: outputs equal bit for bit"
-    if others:
-        found = [compare(record.outputs[:rows], most[0].outputs[:rows]) for record in others]
-        outcome = FAIL if FAIL in [judge_limits(difference, SAME_INPUT_LIMIT) for difference in found] else WARN
-        worst = max(difference.worst_rel_l2 for difference in found)
-        named = ", ".join(f"card {record.rank}" for record in others)
-        problem = f"{named} of {len(records)} differ from the others by {worst:.1e}"
-        if len(most) == len(others):
-            problem += ", and it is not known which are right: see each card's precision"
-        advice = "a card that differs corrupts data: take it out of use and run it alone"
-        entries.append(Entry("agreement", text, outcome, problem, advice))
-    else:
-        entries.append(Entry("agreement", text, PASS))
-
-    entries.append(Entry("", f"{'':<34}{'batch':>6}{'alone images/s':>16}{'all at once':>13}{'ratio':>7}"))
-    for mode in dict.fromkeys(timing.mode for timing in records[0].together):
-        sums = [0.0, 0.0]
-        for record in records:
-            rates = [timing for timing in record.together if timing.mode == mode and timing.total_ms]
-            rates = [t for t in record.alone if rates and (t.mode, t.batch) == (mode, rates[0].batch)] + rates
-            if len(rates) == 2:
-                alone, together = (timing.throughput for timing in rates)
-                sums = [sums[0] + alone, sums[1] + together]
-                figures = f"{rates[0].batch:>6}{alone:>16.2f}{together:>13.2f}{together / alone:>7.2f}"
-                entries.append(Entry(f"card {record.rank}", f"{mode:<34}{figures}", varies=True))
-        if sums[0]:
-            figures = f"{'':>6}{sums[0]:>16.2f}{sums[1]:>13.2f}{sums[1] / sums[0]:>7.2f}"
-            entries.append(Entry("total", f"{mode:<34}{figures}", varies=True))
-    return entries
+    if not others:
+        return Entry("agreement", text, PASS)
+    found = [compare(record.outputs[:rows], most[0].outputs[:rows]) for record in others]
+    outcome = FAIL if FAIL in [judge_limits(difference, SAME_INPUT_LIMIT) for difference in found] else WARN
+    named = ", ".join(f"card {record.rank}" for record in others)
+    worst = max(difference.worst_rel_l2 for difference in found)
+    problem = f"{named} of {len(records)} differ from the others by {worst:.1e}"
+    if len(most) == len(others):
+        problem += ", and it is not known which are right: see each card's precision"
+    advice = "a card that differs corrupts data: take it out of use and run it alone"
+    return Entry("agreement", text, outcome, problem, advice)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1827,6 +1642,102 @@ def compare_logs(old: Log, new: Log, max_slowdown: float) -> list[Entry]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The report
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def say(text: str) -> None:
+    """Print a line on stdout. One that was closed early (| head) does not end the run: its log is still wanted."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def printable(text: str) -> str:
+    """What comes from outside (names, messages) cannot break a line: control characters are escaped, in any locale."""
+    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+class Report:
+    """Prints entries as they come, keeps the lines for the log, and says the result."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.lines: list[str] = []
+        self.checks: list[Entry] = []
+        self.quiet = quiet  # of several cards only one prints
+        self.lock = threading.RLock()  # who holds it alone adds lines and writes the log: see `watch`
+        self.begin("start")
+
+    def begin(self, name: str) -> None:
+        self.doing, self.since = name, time.monotonic()  # for the watch, which ends a run that hangs
+
+    def line(self, text: str = "") -> None:
+        with self.lock:
+            self.lines.append(printable(text).rstrip())
+            if not self.quiet:
+                say(self.lines[-1])
+
+    def add(self, entries: list[Entry]) -> None:
+        for entry in entries:
+            mark = entry.outcome or ("~" if entry.varies else "")
+            problem = entry.problem if entry.outcome != PASS else ""
+            self.line(f"{mark:<6}{entry.name:<21} {entry.text}{': ' if entry.text and problem else ''}{problem}")
+            if entry.outcome:
+                self.checks.append(entry)
+
+    @contextlib.contextmanager
+    def stage(self, name: str):
+        """A stage's header; what is raised inside becomes a failed check, so that the other stages can still run."""
+        self.begin(name)
+        self.line()
+        self.line(f"[{STAGES.index(name) + 1}/{len(STAGES)}] {name}" if name in STAGES else f"[{name}]")
+        try:
+            yield
+        except (CannotRun, CardsLost):
+            raise
+        except Exception as error:
+            advice = "this stage could not be finished; the device's own log is in ~/ascend/log"
+            self.add([Entry(name, "", FAIL, explain(error), advice)])
+
+    def result(self, note: str, strict: bool) -> int:
+        """List again what failed or warned, with what to do, then the result. Returns the exit status.
+
+        Args:
+            strict: a warning fails, too.
+        """
+        for outcome in (FAIL, WARN):
+            for entry in (entry for entry in self.checks if entry.outcome == outcome):
+                self.line()
+                self.line(f"{outcome}  {entry.name}: {entry.problem}")
+                self.line(f"      -> {entry.advice}")
+        outcomes = [entry.outcome for entry in self.checks]
+        count = {outcome: outcomes.count(outcome) for outcome in (PASS, WARN, FAIL, SKIP)}
+        failed = count[FAIL] or strict and count[WARN]
+        counts = f"{count[PASS]} passed, {count[WARN]} warned, {count[FAIL]} failed, {count[SKIP]} skipped"
+        self.line()
+        self.line(f"RESULT: {FAIL if failed else PASS}  {len(self.checks)} checks: {counts}{note}")
+        return 1 if failed else 0
+
+    def write(self, path: str) -> None:
+        """Replace the log in one step, so that it is the old one or the new one, whole. Raises CannotRun."""
+        folder, name = os.path.split(os.path.realpath(path))
+        temporary = os.path.join(folder, f".{name}.{os.getpid()}")
+        with self.lock:
+            try:
+                with open(temporary, "w", encoding="utf-8") as file:
+                    file.writelines(line + "\n" for line in self.lines)
+                os.replace(temporary, os.path.join(folder, name))
+            except OSError as error:
+                reason = f"{error.strerror}; its lines are on stdout"
+                raise CannotRun(f"the log cannot be written to {path}: {reason}") from error
+            finally:
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The command line
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -1840,19 +1751,16 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
         return parse
 
-    def size(text: str) -> int | str:
-        return text if text == "auto" else integer(1)(text)
+    def matching(pattern: str, what: str, convert=str):
+        def parse(text: str):
+            if not re.fullmatch(pattern, text):
+                raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+            return convert(text)
 
-    def percent(text: str) -> float:
-        if not re.fullmatch(r"\d+(\.\d+)?", text):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a percentage")
-        return float(text)
+        return parse
 
-    def device(text: str) -> str:
-        if not re.fullmatch(r"cpu|[a-z]+(:[0-9]{1,4})?", text):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a device; examples: npu, npu:1, cpu, cuda:0")
-        return text
-
+    device = matching(r"cpu|[a-z]+(:[0-9]{1,4})?", "a device; examples: npu, npu:1, cpu, cuda:0")
+    percent = matching(r"\d+(\.\d+)?", "a percentage", float)
     parser = argparse.ArgumentParser(
         description="Validate a timm model on a Huawei Ascend NPU, and write a log that shows it.",
         epilog="exit status: 0 every check passed, 1 a check failed, 2 the run could not be done",
@@ -1861,8 +1769,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--model", default=DEFAULT_MODEL, metavar="NAME", help="a timm model (default: %(default)s)")
     add("--device", default="npu", type=device, help="npu[:i], cpu (a rehearsal), cuda[:i], ... (default: %(default)s)")
     add("--weights", default="pretrained", metavar="WHICH", help="pretrained, random or a file (default: %(default)s)")
+    sizes = lambda text: text if text == "auto" else integer(1)(text)  # noqa: E731
     sizes_help = "or auto: doubled until it gains nothing (default: 1 4 8 16)"
-    add("--batch-sizes", default=DEFAULT_BATCH_SIZES, type=size, nargs="+", metavar="N", help=sizes_help)
+    add("--batch-sizes", default=DEFAULT_BATCH_SIZES, type=sizes, nargs="+", metavar="N", help=sizes_help)
     add("--warmup", default=10, type=integer(0), metavar="N", help="least batches before the timed ones (default: 10)")
     add("--iters", default=100, type=integer(1), metavar="N", help="timed batches of each size (default: %(default)s)")
     add("--image", default=[], nargs="+", metavar="FILE", help="pictures to validate beside the seeded random images")
@@ -1885,11 +1794,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def check_paths(options: argparse.Namespace) -> None:
     """Find what would only fail after minutes of work. Raises CannotRun."""
     target = os.path.realpath(options.output)
-    folder = os.path.dirname(target)
     if os.path.exists(target) and not os.path.isfile(target):
         raise CannotRun(f"the log cannot be written: {options.output} is not a regular file")
     try:
-        tempfile.TemporaryFile(dir=folder).close()  # access() says yes to root, whatever the file system says
+        tempfile.TemporaryFile(dir=os.path.dirname(target)).close()  # access() says yes to root, whatever is mounted
     except OSError as error:
         raise CannotRun(f"the log cannot be written to the folder of {options.output}: {error.strerror}") from error
     for picture in options.image:
@@ -1897,32 +1805,33 @@ def check_paths(options: argparse.Namespace) -> None:
             raise CannotRun(f"the picture {picture} does not exist")
 
 
-def watch(report: Report, seconds: float) -> None:
-    """End the run on Ctrl-C and SIGTERM, and when a stage takes longer than `seconds`, even if the device hangs.
+def watch(report: Report, cards: Cards, options: argparse.Namespace) -> None:
+    """End the run on Ctrl-C and SIGTERM, and when a stage takes longer than --timeout, even if the device hangs.
 
-    Python handles a signal in the main thread, once that is back from torch, and there raises Interrupted. The thread
-    that is started here sees the signal at once and ends the process where that did not happen in GRACE_SECONDS.
+    A thread ends the process, because an exception in the main thread would come only when that is back from torch, and
+    is lost where it comes in a callback. The log is replaced in one step, so nothing half is left.
     """
 
-    def interrupt(number, frame):
-        raise Interrupted(number)
-
-    def wait(receiver, sender):
-        while (left := report.since + seconds - time.monotonic()) > 0:
+    def end():
+        number = 0
+        while not number and (left := report.since + options.timeout - time.monotonic()) > 0:
             if select.select([receiver], [], [], left)[0]:
                 number = receiver.recv(1)[0]
-                time.sleep(GRACE_SECONDS)
-                name = signal.Signals(number).name
-                os._exit(not_run(f"interrupted by {name}; stage {report.doing} hangs", 128 + number))
-        advice = "does the device hang? check npu-smi info"
-        os._exit(not_run(f"error: stage {report.doing} takes longer than --timeout {seconds:g} s: {advice}", 2))
+        report.lock.acquire()  # not while the log is being written; from here on the main thread says nothing
+        if number == signal.SIGTERM and (lost := cards.roll_call()):  # torchrun ends all because one has failed
+            os._exit(finish_without(lost, report, options))
+        if number:
+            message = f"interrupted by {signal.Signals(number).name} in stage {report.doing}"
+            os._exit(not_run(message, 128 + number, report.quiet))
+        message = f"error: stage {report.doing} takes longer than --timeout {options.timeout} s"
+        os._exit(not_run(f"{message}: does the device hang? see npu-smi info", 2, report.quiet))
 
-    receiver, sender = socket.socketpair()
-    sender.setblocking(False)
-    signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+    receiver, watch.sender = socket.socketpair()  # the sender is to be open as long as the process lives
+    watch.sender.setblocking(False)
+    signal.set_wakeup_fd(watch.sender.fileno(), warn_on_full_buffer=False)
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupt)
-    threading.Thread(target=wait, args=(receiver, sender), daemon=True).start()
+        signal.signal(number, lambda *_: None)  # the thread reads the number
+    threading.Thread(target=end, daemon=True).start()
 
 
 def not_run(message: str, status: int, quiet: bool = False) -> int:
@@ -1933,69 +1842,6 @@ def not_run(message: str, status: int, quiet: bool = False) -> int:
     return status
 
 
-def check_hub(options: argparse.Namespace) -> None:
-    """Where the hub does not answer in HUB_SECONDS, use only its cache: its client would try for minutes.
-
-    To be called before huggingface_hub is imported. Behind a proxy, which may be for that client only, nothing is done.
-    """
-    import http.client
-    import ssl
-    import urllib.error
-    import urllib.request
-
-    if options.weights != "pretrained" or "HF_HUB_OFFLINE" in os.environ or urllib.request.getproxies():
-        return
-    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    try:
-        urllib.request.urlopen(urllib.request.Request(hub, method="HEAD"), timeout=HUB_SECONDS).close()
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", error)
-        if isinstance(error, urllib.error.HTTPError) or isinstance(reason, ssl.SSLError):
-            return  # it does answer; certificates are the client's business
-        message = f"{hub} does not answer ({reason}): looking for the weights in its cache only"
-        print(f"validate_npu.py: {message}", file=sys.stderr)
-        os.environ["HF_HUB_OFFLINE"] = "1"
-
-
-def main(argv: list[str] | None = None) -> int:
-    report, cards = Report(), Cards()
-    report.quiet = cards.rank > 0
-    try:
-        if sys.stdout is not None:
-            sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
-        options = parse_arguments(argv)
-        if options.compare:
-            return compare_files(*options.compare, report, options)
-        watch(report, options.timeout)
-        if cards.rank == 0:  # which alone writes
-            check_paths(options)
-        check_hub(options)
-        import_packages()
-        return validate(report, cards, options)
-    except CannotRun as problem:
-        return not_run(f"error: {problem}", 2, report.quiet)
-    except CardsLost as lost:
-        return finish_without(lost.args[0], report, options)
-    except Interrupted as interrupted:
-        number = interrupted.args[0]
-        if number == signal.SIGTERM and (lost := cards.roll_call()):
-            return finish_without(lost, report, options)
-        message = f"interrupted by {signal.Signals(number).name} in stage {report.doing}"
-        return not_run(message, 128 + number, report.quiet)
-    except SystemExit as end:  # argparse has told what is wrong with the arguments, or printed the help
-        if end.code:
-            say("RESULT: NOT RUN  (exit status 2; an earlier log is left as it was)")
-        raise
-
-
-def compare_files(old: str, new: str, report: Report, options: argparse.Namespace) -> int:
-    """--compare: what --baseline shows, of two logs that are there. Nothing but the standard library is imported."""
-    entries = compare_logs(read_log(old), read_log(new), options.max_slowdown)
-    report.line(f"validate_npu: comparison of {os.path.basename(old)} (old) and {os.path.basename(new)} (new)")
-    report.add(entries)
-    return report.result("", options.strict)
-
-
 def validate(report: Report, cards: Cards, options: argparse.Namespace) -> int:
     """The five stages in sequence, then the log. Returns the exit status; raises CannotRun and CardsLost."""
     warnings.filterwarnings("ignore")  # what matters is a check; warnings of the packages would only clutter stderr
@@ -2004,13 +1850,14 @@ def validate(report: Report, cards: Cards, options: argparse.Namespace) -> int:
     cards.connect(report, options.timeout)
     device = cards.all_or_none("device", find_device, cards.device_name(options.device))
     note = {"npu": "", "cpu": " (rehearsal: no NPU is validated)"}.get(device.type, " (no NPU is validated)")
-    report.line(f"validate_npu: {options.model} on {device}{cards.note}{note}")
+    more = f" and {cards.size - 1} more cards" if cards.size > 1 else ""
+    report.line(f"validate_npu: {options.model} on {device}{more}{note}")
     report.line("Lines that begin with ~ vary from run to run. Compare two logs with: diff -I '^~' OLD NEW")
     report.line(
         f"options: weights {os.path.basename(options.weights)}, batch sizes {' '.join(map(str, options.batch_sizes))},"
         f" warm-up {options.warmup}, iterations {options.iters}, seed {options.seed}, pictures {len(options.image)},"
-        f" amp {' '.join(options.amp) or 'no'}, graph {'yes' if options.graph else 'no'}"
-        f", RoPE periods in {'bfloat16' if options.rope_bf16 else 'float32'}"
+        f" amp {' '.join(options.amp) or 'no'}, graph {'yes' if options.graph else 'no'},"
+        f" RoPE periods in {'bfloat16' if options.rope_bf16 else 'float32'}"
     )
     report.line(f"~     {time.strftime('%Y-%m-%d %H:%M:%S %z')}")
 
@@ -2019,7 +1866,7 @@ def validate(report: Report, cards: Cards, options: argparse.Namespace) -> int:
     torch.utils.deterministic.fill_uninitialized_memory = False
 
     with report.stage("device"):
-        report.add(judge_device(measure_device(device, options.seed), device))
+        report.add(judge_device(measure_device(device, options.seed)))
 
     record = None
     with report.stage("model"):
@@ -2036,10 +1883,9 @@ def validate(report: Report, cards: Cards, options: argparse.Namespace) -> int:
     if broken := [rank for rank, runs in enumerate(cards.gather("model runs", record is not None)) if not runs]:
         where = str(device) if cards.size == 1 else ", ".join(f"card {rank}" for rank in broken)
         problem, advice = "the model does not run on it", "run it alone for its whole log"
-        others = [rank for rank in broken if rank != cards.rank]
         report.add([Entry(stage, "", SKIP, f"the model does not run on {where}") for stage in STAGES[2:]])
-        report.add([Entry(f"card {rank}", "", FAIL, problem, advice) for rank in others])
-        return finish(report, note, options)
+        report.add([Entry(f"card {rank}", "", FAIL, problem, advice) for rank in broken if rank != cards.rank])
+        return finish(report, cards, note, options)
 
     direct = {}
     with report.stage("outputs"):
@@ -2071,41 +1917,37 @@ def validate(report: Report, cards: Cards, options: argparse.Namespace) -> int:
     size, first = tuple(batches["1"].shape[1:]), record.first_outputs
     first = first.get("logits", first["embedding"])
     stage3 = max((direct[name] for name in direct if name != "pictures"), key=len, default=first)
-
-    def measure(sizes):
-        how = modes, size, options.seed, stage3, device, options.warmup, options.iters
-        timings = measure_throughput(device_model, sizes, *how)
-        synchronize(device)  # a fault that is first seen when python exits would come after the verdict
-        return timings
-
-    alone = []
+    how = modes, size, options.seed, stage3, device, options.warmup, options.iters
+    alone, together = [], []
     for _ in cards.turns():
         with report.stage("throughput"):
             if options.graph and device.type == "cpu":
                 report.add([Entry("graph", "", SKIP, "a CPU has no graphs to capture")])
-            alone = measure(options.batch_sizes)
+            alone = measure_throughput(device_model, options.batch_sizes, *how)
             report.add(judge_throughput(alone, count_flops(model, size), device, chip_name(device), auto))
+
     if cards.size > 1:
-        together = []
         with report.stage("all cards"):
             largest = max((timing.batch for timing in alone if timing.total_ms), default=1)
-            cards.gather("ready", None)
-            together = measure([largest])
-        place = f"{cards.place} {device} {chip_name(device)}"
+            cards.gather("ready")
+            together = measure_throughput(device_model, [largest], *how)
+        place = f"node {cards.host} {device} {chip_name(device)}"
         mine = CardRecord(cards.rank, place, stage3, precision, report.checks, alone, together)
-        report.add(judge_cards(cards.gather("end", mine)))
+        report.add(judge_cards(cards.gather("cards", mine)))
 
     if baseline:
         report.line()
         report.line(f"[comparison] with {baseline.name}")
         report.add(compare_logs(baseline, parse_log("this run", report.lines), options.max_slowdown))
-    return finish(report, note, options)
+    return finish(report, cards, note, options)
 
 
-def finish(report: Report, note: str, options: argparse.Namespace) -> int:
+def finish(report: Report, cards: Cards, note: str, options: argparse.Namespace) -> int:
+    """The result, and the log. Returns the exit status."""
     status = report.result(note, options.strict)
-    if not report.quiet:
+    if cards.rank == 0:
         report.write(options.output)
+    cards.gather("end")  # a card that failed would have torchrun end the one that writes
     return status
 
 
@@ -2116,8 +1958,46 @@ def finish_without(lost: list[int], report: Report, options: argparse.Namespace)
     advice = "see that process's own messages above, the card's log in ~/ascend/log, and npu-smi info"
     names = [f"card {rank}" for rank in lost] or ["a card"]  # all may answer the roll call, and one drop out after it
     report.add([Entry(name, "", FAIL, problem, advice) for name in names])
-    return finish(report, "", options)
+    status = report.result("", options.strict)
+    if not report.quiet:
+        report.write(options.output)
+    return status
+
+
+def compare_files(old: str, new: str, report: Report, options: argparse.Namespace) -> int:
+    """--compare: what --baseline shows, of two logs that are there. Nothing but the standard library is imported."""
+    entries = compare_logs(read_log(old), read_log(new), options.max_slowdown)
+    report.line(f"validate_npu: comparison of {os.path.basename(old)} (old) and {os.path.basename(new)} (new)")
+    report.add(entries)
+    return report.result("", options.strict)
+
+
+def main(argv: list[str] | None = None) -> int:
+    cards = Cards()
+    report = Report(quiet=cards.rank > 0)
+    try:
+        if sys.stdout is not None:
+            sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+        options = parse_arguments(argv)
+        if options.compare:
+            return compare_files(*options.compare, report, options)
+        watch(report, cards, options)
+        if cards.rank == 0:  # which alone writes
+            check_paths(options)
+        import_packages()
+        return validate(report, cards, options)
+    except CannotRun as problem:
+        return not_run(f"error: {problem}", 2, report.quiet)
+    except CardsLost as lost:
+        return finish_without(lost.args[0], report, options)
+    except SystemExit as end:  # argparse has told what is wrong with the arguments, or printed the help
+        if end.code:
+            say("RESULT: NOT RUN  (exit status 2; an earlier log is left as it was)")
+        raise
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_status = main()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        os._exit(exit_status)  # for torchrun a library that crashes while python ends would be a card that died
+    sys.exit(exit_status)

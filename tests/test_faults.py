@@ -4,7 +4,7 @@ The matrix runs on test_dinov3, the default model's family made small; a sample 
 """
 
 import itertools
-import multiprocessing
+import multiprocessing.forkserver
 import os
 import re
 import runpy
@@ -67,10 +67,13 @@ def in_fork(arguments, folder, env):
 @pytest.fixture(scope="session")
 def run_all(tmp_path_factory):
     """run_all([(arguments, env), ...]): a run of each, two side by side."""
-    environ = dict(os.environ)
-    os.environ.update(environment(), OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["with_test_models"])  # torch_npu is left to each run: it reads the faults then
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    with pytest.MonkeyPatch.context() as patch:  # the server's environment, which each run inherits
+        for name, value in {**environment(), "OMP_NUM_THREADS": "1", "PYTHONPATH": path}.items():
+            patch.setenv(name, value)
+        multiprocessing.forkserver.ensure_running()
 
     def run(arguments, env, folder):
         return ForkedRun(context, arguments, folder, env)
@@ -80,9 +83,7 @@ def run_all(tmp_path_factory):
         with ThreadPoolExecutor(2) as pool:
             return list(pool.map(run, *zip(*cases), folders))
 
-    yield run_all
-    os.environ.clear()
-    os.environ.update(environ)
+    return run_all
 
 
 @pytest.fixture(scope="session")
