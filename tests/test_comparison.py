@@ -84,9 +84,12 @@ def test_the_spread_of_both_runs_is_allowed_for():
 
 def test_two_logs_are_compared_without_torch(rehearsal, run, tmp_path):
     (tmp_path / "log.txt").write_text(rehearsal.log)
-    start = time.perf_counter()
-    assert run("--compare", "log.txt", "log.txt").status == 0
-    assert time.perf_counter() - start < 1
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        assert run("--compare", "log.txt", "log.txt").status == 0
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.5
 
 
 @pytest.mark.parametrize(

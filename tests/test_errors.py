@@ -2,13 +2,11 @@
 
 import os
 import pickle
-import site
-import sys
 from pathlib import Path
 
 import pytest
 import validate_npu
-from conftest import SCRIPT, SMALL, Run
+from conftest import SMALL, Run
 
 OLD_LOG = "an earlier log\n"
 

@@ -260,7 +260,7 @@ def test_out_of_memory_is_a_row_and_the_other_batch_sizes_are_reported():
     assert outcomes(v.judge_throughput(timings, None, CPU, "cpu", auto=True)) == [PASS], "the search ends there"
 
 
-# --- several cards -----------------------------------------------------------------------------------------------------
+# --- several cards ----------------------------------------------------------------------------------------------------
 
 
 def card(rank, outputs, checks=()):
