@@ -11,18 +11,22 @@ from conftest import ROOT, SMALL
 NPU = ("--weights", "random", "--model", "test_vit", "--batch-sizes", "1", "--warmup", "0", "--iters", "5")
 
 
-def slower(factor):
-    """A change of a log: its median times, and with them nothing else."""
+def slower(factor, rows=r"\d+"):
+    """A change of a log: every batch takes so many times as long."""
 
     def change(log):
-        return re.sub(
-            r"^(~ +float32 +\d+ +[\d.]+ +)([\d.]+)",
-            lambda row: f"{row[1]}{float(row[2]) * factor:.2f}",
-            log,
-            flags=re.M,
-        )
+        def row(found):
+            rate, p50, p90 = (float(found[i]) for i in (2, 3, 4))
+            return f"{found[1]} {rate / factor:.2f} {p50 * factor:.2f} {p90 * factor:.2f}"
+
+        return re.sub(rf"^(~ +float32 +{rows}) +([\d.]+) +([\d.]+) +([\d.]+)", row, log, flags=re.M)
 
     return change
+
+
+def one_slow_batch(log):
+    """Throughput falls to a third, by a single batch of hundreds: the other figures stay."""
+    return re.sub(r"^(~ +float32 +\d+) +([\d.]+)", lambda row: f"{row[1]} {float(row[2]) / 3:.2f}", log, flags=re.M)
 
 
 def steady(log):
@@ -37,6 +41,8 @@ def steady(log):
         (slower(1.05), 0, r"PASS  speed"),
         (slower(0.5), 0, r"~ +float32 +1 .* (1\.9|2\.0)\d "),
         (slower(1.2), 1, r"FAIL  speed .*: float32, batch 1: "),
+        (slower(1.2, "3"), 1, r"FAIL  speed .*: float32, batch 3: "),
+        (one_slow_batch, 0, r"PASS  speed"),
         (lambda log: log.replace("PASS  repeat", "WARN  repeat", 1), 1, r"FAIL  outcomes .*: repeat: PASS -> WARN"),
         (lambda log: log.replace("PASS  control", "FAIL  control", 1), 1, r"FAIL  outcomes .*: control: PASS -> FAIL"),
         (
@@ -44,6 +50,7 @@ def steady(log):
             1,
             r"FAIL  errors .*: embedding float32",
         ),
+        (lambda log: log.replace("PASS  control", "FAIL  new\nPASS  control"), 1, r"FAIL  outcomes .*: new: new, FAIL"),
         (lambda log: re.sub(r"PASS  control.*\n", "", log), 1, r"FAIL  checks .*: control of \[4/5\] precision"),
         (
             lambda log: re.sub(r"~ +float32 +3 .*\n", "", log, count=1),
@@ -75,11 +82,18 @@ def test_errors_that_are_rounding_may_grow():
 
 def test_the_spread_of_both_runs_is_allowed_for():
     def log(ms, spread):
-        row = f"~     float32    4   100.00   {ms}   1.00   1.00   1.00   {spread}%   1.00"
+        row = f"~     float32    4   {4000 / ms:.2f}   {ms}   {ms}   1.00   1.00   {spread}%   1.00"
         return v.parse_log("", ["head", "", "[5/5] throughput", row])
 
-    outcomes = [v.compare_logs(log(10.0, 20.0), log(ms, 10.0), 10)[6].outcome for ms in (12.4, 12.6)]
+    outcomes = [v.compare_logs(log(10.0, 20.0), log(ms, 10.0), 10)[6].outcome for ms in (13.2, 13.5)]
     assert outcomes == [v.PASS, v.FAIL]
+
+
+def test_a_card_that_became_worse_is_found():
+    logs = (f"head\n\n[all cards]\n{word}  {'card 1':<21} node 0 npu:1" for word in ("PASS", "FAIL"))
+    old, new = (v.parse_log("", log.splitlines()) for log in logs)
+    outcomes = next(entry for entry in v.compare_logs(old, new, 10) if entry.name == "outcomes")
+    assert outcomes.problem == "card 1: PASS -> FAIL"
 
 
 def test_two_logs_are_compared_without_torch(rehearsal, run, tmp_path):

@@ -126,8 +126,7 @@ def test_a_replay_that_is_wrong_fails(tmp_path):
         "for size, reference in ((2, right), (2, right + 1)):\n"
         "    forward = v.captured(model, images, device)\n"
         "    timing = v.time_batches('float32 graph', forward, images, device, 0, 2, reference)\n"
-        "    entries = v.judge_throughput([timing], None, device, '')\n"
-        "    print('outcome', entries[-1].outcome)\n"
+        "    print('outcome', v.judge_timed_outputs([timing], v.same_input_limits(device))[0].outcome)\n"
     )
     done = subprocess.run([sys.executable, script], env=os.environ | environment(), capture_output=True, text=True)
     assert re.findall("outcome (.*)", done.stdout) == ["PASS", "FAIL"], done.stdout + done.stderr
