@@ -22,6 +22,7 @@ import contextlib
 import copy
 import dataclasses
 import difflib
+import functools
 import hashlib
 import importlib.metadata
 import logging
@@ -130,6 +131,7 @@ ENVIRONMENT = (
 ACL_ERRORS = {
     107001: "the device id is not valid: check --device and ASCEND_RT_VISIBLE_DEVICES",
     107002: "the device's context is empty: check the driver with npu-smi info",
+    107030: "it copies between host and device, or waits for the device",
     207001: f"{OUT_OF_MEMORY}: {OUT_OF_MEMORY_ADVICE}",
     507008: "the SoC could not be read: is the card taken by another container? check npu-smi info",
     507014: "an AI Core timed out: see ~/ascend/log",
@@ -229,13 +231,18 @@ def computes_in(device: torch.device, dtype: str) -> bool:
     return getattr(torch.get_device_module(device.type), "is_bf16_supported", lambda: True)()
 
 
-def fallback_is_seen(device: torch.device) -> bool:
-    """Whether torch_npu refuses an operator that has no NPU kernel, as it is asked to; versions before 2.13 do not."""
+def fallback_state(device: torch.device) -> str:
+    """What becomes of an operator that has no NPU kernel: "refused", "allowed" by the user, or "unseen"; "" elsewhere.
+
+    torch_npu computes it on the CPU, but refuses to where TORCH_NPU_FALLBACK_CPU_DISABLE is 1: from version 2.13 on.
+    """
+    if device.type != "npu":
+        return ""
     try:
-        torch.special.bessel_j0(torch.ones(1, device=device))
-        return False
+        torch.special.bessel_j0(torch.ones(1, device=device))  # has none
     except (RuntimeError, NotImplementedError):
-        return True
+        return "refused"
+    return "unseen" if os.environ["TORCH_NPU_FALLBACK_CPU_DISABLE"] == "1" else "allowed"
 
 
 def jit_compile_state(device: torch.device) -> str:
@@ -317,7 +324,8 @@ class ModelRecord:
     weights_sha256: str
     device_sha256: str  # of the device's own copy of the weights, read back
     inputs_sha256: str
-    fallback_is_seen: bool  # an operator without an NPU kernel would have been an error
+    fallback: str  # see `fallback_state`
+    jit_compile: str
     first_call_seconds: float  # kernel compilation included
     first_outputs: dict[str, np.ndarray]  # of the single image; stage 3 computes them again
 
@@ -832,7 +840,8 @@ def measure_model(model, device_model, batches: dict[str, torch.Tensor], device:
         weights_sha256=sha256(model.state_dict()),
         device_sha256=sha256(device_model.state_dict()),
         inputs_sha256=sha256(batches),
-        fallback_is_seen=device.type == "npu" and fallback_is_seen(device),
+        fallback=fallback_state(device),
+        jit_compile=jit_compile_state(device),
         first_call_seconds=first_call_seconds,
         first_outputs=first_outputs,
     )
@@ -860,18 +869,17 @@ def judge_model(record: ModelRecord, weights: str, load_seconds: float, device: 
         Entry("inputs SHA-256", record.inputs_sha256),
         Entry(f"weights on {device.type}", "read back, equal the host's bit for bit", same, differ, corrupts),
     ]
-    if device.type != "npu":
-        entries.append(Entry("operators", "", SKIP, "only torch_npu falls back to the CPU unseen"))
-    elif record.fallback_is_seen:
-        entries.append(Entry("operators", "all on the NPU, none fell back to the CPU", PASS))
-    elif os.environ["TORCH_NPU_FALLBACK_CPU_DISABLE"] != "1":
-        problem = "TORCH_NPU_FALLBACK_CPU_DISABLE is set to 0, so an operator may run on the CPU unseen"
-        entries.append(Entry("operators", "", WARN, problem, "unset it, so that such an operator is named"))
-    else:
-        reason = "this torch_npu does not say when an operator falls back to the CPU, but for its warnings on stderr"
-        entries.append(Entry("operators", "", SKIP, reason))
+    allowed = "TORCH_NPU_FALLBACK_CPU_DISABLE is set to 0, so an operator may run on the CPU unseen"
+    unseen = "this torch_npu does not say when an operator falls back to the CPU, but for its warnings on stderr"
+    operators = {
+        "refused": Entry("operators", "all on the NPU, none fell back to the CPU", PASS),
+        "allowed": Entry("operators", "", WARN, allowed, "unset it, so that such an operator is named"),
+        "unseen": Entry("operators", "", SKIP, unseen),
+        "": Entry("operators", "", SKIP, "only torch_npu falls back to the CPU unseen"),
+    }
+    entries.append(operators[record.fallback])
     entries.append(Entry("loaded in", f"{load_seconds:.1f} s", varies=True))
-    first_call = f"{record.first_call_seconds:.2f} s, kernel compilation included{jit_compile_state(device)}"
+    first_call = f"{record.first_call_seconds:.2f} s, kernel compilation included{record.jit_compile}"
     return [*entries, Entry("first call", first_call, varies=True)]
 
 
@@ -1093,6 +1101,8 @@ def judge_precision(records: list[PrecisionRecord], gelu: GeluProbe, device: tor
     columns = "".join(f"{name:>10}" for name in ("max abs", "mean abs", "rel L2", "worst row"))
     columns += f"{'cosine':>11}{'norms':>9}{'x floor':>9}  limit WARN, FAIL"
     entries = [Entry("", f"{device.type + ' against cpu float64':<25}{columns}")]
+    if device.type == "cpu":
+        entries.append(Entry("note", "a rehearsal compares the CPU with itself, so against its float32 errors are 0"))
     for record in records:
         found, (warn, fail) = record.difference, record.limits
         figures = "".join(f"{x:>10.2e}" for x in (found.max_abs, found.mean_abs, found.rel_l2, found.worst_rel_l2))
@@ -1233,7 +1243,8 @@ def time_batch(forward, inputs: torch.Tensor, device: torch.device) -> tuple[flo
     start = time.perf_counter()
     output = forward(inputs)
     if device.type != "cpu":
-        torch.accelerator.current_stream().query()  # torch_npu launches from a second thread: this waits for it
+        # torch_npu launches from a second thread: this waits for it. (torch.accelerator's stream cannot, in 2.9.0.)
+        torch.get_device_module(device.type).current_stream(device).query()
     launched = time.perf_counter()
     synchronize(device)
     done = time.perf_counter()
@@ -1310,7 +1321,8 @@ def captured(forward, images: torch.Tensor, device: torch.device):
         raise
     except (RuntimeError, AttributeError) as error:
         synchronize(device)  # raises where it was not the capture that failed, but the device
-        raise CannotCapture(f"the forward pass cannot be captured: {explain(error)}") from error
+        cause = error.__context__ or error  # that the capture is invalid says less than what made it so
+        raise CannotCapture(f"the forward pass cannot be captured: {explain(cause)}") from error
 
     def replay(images):
         static.copy_(images)
@@ -1318,6 +1330,22 @@ def captured(forward, images: torch.Tensor, device: torch.device):
         return output
 
     return replay
+
+
+@contextlib.contextmanager
+def constant_rope(model: torch.nn.Module):
+    """Inside, a RoPE table is computed once for each shape.
+
+    timm's DINOv3 copies the coordinates from the host in each forward pass, and no graph can hold such a copy.
+    """
+    ropes = [module for module in model.modules() if hasattr(module, "get_embed")]
+    for rope in ropes:
+        rope.get_embed = functools.cache(rope.get_embed)
+    try:
+        yield
+    finally:
+        for rope in ropes:
+            del rope.get_embed
 
 
 def measure_throughput(model, sizes, modes, images, stage3: np.ndarray, device, warmup, iters) -> list[Timing]:
@@ -1336,12 +1364,12 @@ def measure_throughput(model, sizes, modes, images, stage3: np.ndarray, device, 
         for batch in sizes if sizes != ["auto"] else (2**i for i in range(MAX_AUTO_BATCH.bit_length())):
             rows = [i % len(images) for i in range(batch)]
             forward = model if dtype == "float32" else under_autocast(model, device, dtype)
-            if device.type != "cpu":  # not by torch.accelerator, whose memory functions torch_npu has from 2.13 on
+            if device.type != "cpu":  # torch.accelerator's memory functions need torch_npu 2.13
                 module = torch.get_device_module(device.type)
                 module.empty_cache()
                 module.reset_peak_memory_stats(device)
             try:
-                with torch.inference_mode():
+                with torch.inference_mode(), constant_rope(model) if graph else contextlib.nullcontext():
                     started = time.perf_counter()
                     forward = captured(forward, images[rows], device) if graph else forward
                     capture_ms = 1000 * (time.perf_counter() - started)

@@ -161,15 +161,18 @@ def test_a_wrong_matrix_product_fails(probe, outcome):
 
 
 CONFIG = {"input_size": (3, 8, 8), "interpolation": "bicubic", "crop_pct": 1.0, "mean": (0.5,), "std": (0.5,)}
-MODEL = v.ModelRecord(1, CONFIG, "a", "a", "b", fallback_is_seen=True, first_call_seconds=0.1, first_outputs={})
+MODEL = v.ModelRecord(1, CONFIG, "a", "a", "b", "", jit_compile="", first_call_seconds=0.1, first_outputs={})
 
 
 @pytest.mark.parametrize(("read_back", "outcome"), [("a", PASS), ("c", FAIL)])
 def test_weights_that_do_not_come_back_as_they_went_fail(read_back, outcome):
-    assert outcomes(v.judge_model(dataclasses.replace(MODEL, device_sha256=read_back), "random", 0.1, CPU)) == [
-        outcome,
-        SKIP,
-    ]
+    record = dataclasses.replace(MODEL, device_sha256=read_back)
+    assert outcomes(v.judge_model(record, "random", 0.1, CPU)) == [outcome, SKIP]
+
+
+@pytest.mark.parametrize(("fallback", "outcome"), [("refused", PASS), ("allowed", WARN), ("unseen", SKIP), ("", SKIP)])
+def test_no_operator_fell_back_only_where_it_would_have_been_seen(fallback, outcome):
+    assert outcomes(v.judge_model(dataclasses.replace(MODEL, fallback=fallback), "", 0.1, CPU)) == [PASS, outcome]
 
 
 def precision(mode, difference, output="embedding"):

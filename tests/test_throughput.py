@@ -98,38 +98,71 @@ def test_a_captured_graph_takes_the_host_out_and_gives_the_same_outputs(emulated
         assert f"PASS  timed outputs         {dtype} graph: all as those of {dtype} without graph" in log
 
 
+def test_the_default_models_family_can_be_captured_although_its_rope_copies_from_the_host(emulated):
+    log = emulated("--batch-sizes", "1", "--graph", model="test_dinov3").log
+    assert list(table(log)) == [("float32", 1), ("float32 graph", 1)]
+    assert "PASS  timed outputs         float32 graph: all as those of float32 without graph" in log
+
+
 def test_what_the_device_or_the_model_does_not_support_is_a_line(run):
     on_cpu = run(*SMALL, "--graph")
     assert on_cpu.status == 0 and re.search("^SKIP  graph +a CPU has no graphs to capture", on_cpu.log, re.M)
     waits = ("--model", "test_vit_that_waits", "--weights", "random", "--batch-sizes", "1", "--iters", "2", "--graph")
     done = run(*waits, env=environment(), launcher=[WITH_TEST_MODELS])
     assert done.status == 0, done.stdout
-    assert re.search(r"^SKIP  float32 graph +the forward pass cannot be captured: ", done.log, re.M)
+    reason = "error code 107030, it copies between host and device, or waits for the device"
+    assert f"SKIP  float32 graph         the forward pass cannot be captured: {reason}" in done.log, done.log
+
+
+GRAPHS = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import validate_npu as v
+v.import_packages()
+device = v.find_device('npu')
+images = v.draw_images(2, (3, 8, 8), 0)
+"""
+
+
+def on_npu(tmp_path, lines, **knobs):
+    """What a script prints that has a device and images."""
+    (tmp_path / "script.py").write_text(GRAPHS + lines)
+    command = [sys.executable, tmp_path / "script.py"]
+    done = subprocess.run(command, env=os.environ | environment(**knobs), capture_output=True, text=True)
+    return done.stdout + done.stderr
 
 
 def test_a_replay_that_is_wrong_fails(tmp_path):
     """The model counts its calls, which a replay cannot know of."""
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import sys\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "import validate_npu as v\n"
-        "v.import_packages()\n"
-        "device = v.find_device('npu')\n"
-        "calls = [0.0]\n"
-        "def model(images):\n"
-        "    calls[0] = min(calls[0] + 1, 3)\n"
-        "    return images.flatten(1) * calls[0] + 1\n"
-        "images = v.draw_images(2, (3, 8, 8), 0)\n"
-        "v.captured(model, images, device)\n"
-        "right = (images.flatten(1) * 3 + 1).numpy()\n"
-        "for size, reference in ((2, right), (2, right + 1)):\n"
-        "    forward = v.captured(model, images, device)\n"
-        "    timing = v.time_batches('float32 graph', forward, images, device, 0, 2, reference)\n"
-        "    print('outcome', v.judge_timed_outputs([timing], v.same_input_limits(device))[0].outcome)\n"
-    )
-    done = subprocess.run([sys.executable, script], env=os.environ | environment(), capture_output=True, text=True)
-    assert re.findall("outcome (.*)", done.stdout) == ["PASS", "FAIL"], done.stdout + done.stderr
+    lines = """
+calls = [0.0]
+def model(images):
+    calls[0] = min(calls[0] + 1, 3)
+    return images.flatten(1) * calls[0] + 1
+v.captured(model, images, device)
+right = (images.flatten(1) * 3 + 1).numpy()
+for reference in (right, right + 1):
+    forward = v.captured(model, images, device)
+    timing = v.time_batches('float32 graph', forward, images, device, 0, 2, reference)
+    print('outcome', v.judge_timed_outputs([timing], v.same_input_limits(device))[0].outcome)
+"""
+    shown = on_npu(tmp_path, lines)
+    assert re.findall("outcome (.*)", shown) == ["PASS", "FAIL"], shown
+
+
+def test_a_device_that_fails_while_a_graph_is_replayed_is_no_missing_support(tmp_path):
+    """Three calls warm up, the replays follow: the fifth call is one of them."""
+    lines = """
+try:
+    model = v.torch.nn.Identity()
+    model.forward = lambda images: images.flatten(1) * 3
+    reference = model(images).numpy()
+    print(v.measure_throughput(model, [2], ['float32 graph'], images, reference, device, 0, 2))
+except RuntimeError as error:
+    print('raised', v.explain(error))
+"""
+    shown = on_npu(tmp_path, lines, FAULT="Muls:async_error=507015,from=5")
+    assert "raised aclnnMuls: error code 507015, an AI Core failed" in shown, shown
 
 
 @pytest.mark.parametrize("model", ["test_vit", "resnet18"])
