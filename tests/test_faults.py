@@ -174,7 +174,7 @@ def test_a_healthy_device_passes_without_a_warning(healthy, seed, hf32, gelu):
 
 
 def test_strict_makes_a_warning_fail(run_all):
-    env = environment(FAULT="Neg:scale=1.01")
+    env = environment(FAULT="Neg:scale=1.002")
     assert [done.status for done in run_all([(SMALL, env), ((*SMALL, "--strict"), env)])] == [0, 1]
 
 

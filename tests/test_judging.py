@@ -1,5 +1,6 @@
 """Each check can fail: a healthy record passes, and every single thing that can be wrong with it is noticed."""
 
+import copy
 import dataclasses
 import math
 
@@ -350,6 +351,59 @@ def test_feature_maps_are_those_of_features_only_with_the_same_weights():
     images = v.draw_images(1, (3, 160, 160), 0)
     expected = model.forward_intermediates(images, indices=3, intermediates_only=True)
     assert all(torch.equal(a, b) for a, b in zip(maps(images), expected, strict=True))
+
+
+# --- what is compared with what ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def vit():
+    """test_vit and its feature extractor, with drawn weights."""
+    model = timm.create_model("test_vit").eval()
+    v.draw_weights(model, seed=0)
+    return model, v.feature_extractor("test_vit", model)
+
+
+IMAGES = v.draw_images(2, (3, 160, 160), 0)
+
+
+def test_feature_maps_of_the_device_are_compared_with_those_of_the_cpu(vit):
+    model, maps = vit
+    other = copy.deepcopy(maps)
+    other.model.blocks[-1].mlp.fc2.weight.data *= 1.1
+    for on_device, outcome in ((maps, PASS), (other, FAIL)):
+        records, _ = v.measure_precision((model, model), (maps, on_device), IMAGES, CPU, ["float32"], ERF)
+        entries = v.judge_precision(records, ERF, CPU)
+        assert [entry.outcome for entry in entries if entry.name == "feature map 3"] == [outcome]
+
+
+class SecondRowIsWrong(torch.nn.Module):
+    """A device that mixes up what is not the first image of a batch."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module, self.feature_info = module, module.feature_info
+
+    def forward(self, images):
+        return [torch.cat([x[:1], x[1:].flip(2)]) for x in self.module(images)]
+
+
+def test_every_row_of_every_output_is_compared_with_the_image_alone(vit):
+    model, maps = vit
+    batches = {"1": IMAGES[:1], "2": IMAGES}
+    for extractor, outcome in ((maps, PASS), (SecondRowIsWrong(maps), FAIL)):
+        records, direct = v.measure_outputs(model, extractor, batches, v.forward_outputs(model, IMAGES[:1]), CPU)
+        entries = v.judge_outputs(records, [], SAME)
+        assert [entry.outcome for entry in entries if entry.name == "feature map 1"] == [PASS, outcome]
+        assert direct.keys() == batches.keys()
+
+
+def test_the_control_alters_a_weight_for_one_comparison_and_puts_it_back(vit):
+    model, device_model = vit[0], copy.deepcopy(vit[0])
+    records, control = v.measure_layers(model, device_model, IMAGES, CPU)
+    assert control.difference.worst_rel_l2 == pytest.approx(0.01, rel=0.2)
+    assert all(record.difference.equal for record in records), "the altered weight is in no other comparison"
+    assert v.sha256(model.state_dict()) == v.sha256(device_model.state_dict())
 
 
 # --- messages ---------------------------------------------------------------------------------------------------------
