@@ -1928,7 +1928,7 @@ def watch(report: Report, cards: Cards, options: argparse.Namespace) -> None:
     is lost where it comes in a callback. The log is replaced in one step, so nothing half is left.
     """
 
-    def end():
+    def end(receiver, sender):  # both are to be open as long as this thread lives
         number = 0
         while not number and (left := report.since + options.timeout - time.monotonic()) > 0:
             if select.select([receiver], [], [], left)[0]:
@@ -1942,12 +1942,12 @@ def watch(report: Report, cards: Cards, options: argparse.Namespace) -> None:
         message = f"error: stage {report.doing} takes longer than --timeout {options.timeout} s"
         os._exit(not_run(f"{message}: does the device hang? see npu-smi info", 2, report.quiet))
 
-    receiver, watch.sender = socket.socketpair()  # the sender is to be open as long as the process lives
-    watch.sender.setblocking(False)
-    signal.set_wakeup_fd(watch.sender.fileno(), warn_on_full_buffer=False)
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
+    signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)  # the thread reads the number
-    threading.Thread(target=end, daemon=True).start()
+    threading.Thread(target=end, args=(receiver, sender), daemon=True).start()
 
 
 def not_run(message: str, status: int, quiet: bool = False) -> int:
@@ -2002,7 +2002,7 @@ def validate(report: Report, cards: Cards, options: argparse.Namespace) -> int:
         problem, advice = "the model does not run on it", "run it alone for its whole log"
         report.add([Entry(stage, "", SKIP, f"the model does not run on {where}") for stage in STAGES[2:]])
         report.add([Entry(f"card {rank}", "", FAIL, problem, advice) for rank in broken if rank != cards.rank])
-        return finish(report, cards, note, options)
+        return finish(report, note, options)
 
     direct, extractors = {}, None
     with report.stage("outputs"):
@@ -2065,15 +2065,14 @@ def validate(report: Report, cards: Cards, options: argparse.Namespace) -> int:
         report.line()
         report.line(f"[comparison] with {baseline.name}")
         report.add(compare_logs(baseline, parse_log("this run", report.lines), options.max_slowdown))
-    return finish(report, cards, note, options)
+    return finish(report, note, options)
 
 
-def finish(report: Report, cards: Cards, note: str, options: argparse.Namespace) -> int:
-    """The result, and the log. Returns the exit status."""
+def finish(report: Report, note: str, options: argparse.Namespace) -> int:
+    """The result and, from the one card that prints, the log. Returns the exit status."""
     status = report.result(note, options.strict)
-    if cards.rank == 0:
+    if not report.quiet:
         report.write(options.output)
-    cards.gather("end")  # a card that failed would have torchrun end the one that writes
     return status
 
 
@@ -2084,10 +2083,7 @@ def finish_without(lost: list[int], report: Report, options: argparse.Namespace)
     advice = "see that process's own messages above, the card's log in ~/ascend/log, and npu-smi info"
     names = [f"card {rank}" for rank in lost] or ["a card"]  # all may answer the roll call, and one drop out after it
     report.add([Entry(name, "", FAIL, problem, advice) for name in names])
-    status = report.result("", options.strict)
-    if not report.quiet:
-        report.write(options.output)
-    return status
+    return finish(report, "", options)
 
 
 def compare_files(old: str, new: str, report: Report, options: argparse.Namespace) -> int:
@@ -2111,7 +2107,9 @@ def main(argv: list[str] | None = None) -> int:
         if cards.rank == 0:  # which alone writes
             check_paths(options)
         import_packages()
-        return validate(report, cards, options)
+        status = validate(report, cards, options)
+        cards.gather("end")  # a card that failed would have torchrun end the one that writes
+        return status
     except CannotRun as problem:
         return not_run(f"error: {problem}", 2, report.quiet)
     except CardsLost as lost:

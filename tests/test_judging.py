@@ -60,6 +60,15 @@ def test_one_bad_row_is_not_diluted_by_the_good_ones():
     assert found.norm_ratio == pytest.approx(1.5)
 
 
+def test_one_bad_element_is_not_diluted_by_its_row():
+    reference = np.random.default_rng(0).standard_normal((1, 100_000))
+    actual = reference.copy()
+    actual[0, 7] += 0.5
+    found = v.compare(actual, reference)
+    assert found.worst_rel_l2 < v.LAYER_FAIL_REL_L2 and found.worst_index == (0, 7)
+    assert v.judge_limits(found, (v.OPERATOR_LIMIT["HF32"], v.LAYER_FAIL_REL_L2)) == FAIL
+
+
 def test_swapped_images_keep_their_norms_and_are_noticed():
     found = changed(swap_two_images)
     assert found.worst_rel_l2 > 1 and found.cosine < 0.5
