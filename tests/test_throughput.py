@@ -28,22 +28,39 @@ def emulated(run):
     return emulated
 
 
-def test_the_loop_costs_nothing_beside_a_hand_written_one():
-    """The median of a batch is within 1 % of that of a bare loop, side by side in one process."""
-    torch, device = v.torch, v.torch.device("cpu")
-    model, images = torch.nn.Linear(1024, 1024), torch.randn(2048, 1024)
-    with torch.inference_mode():
-        reference = model(images).numpy()
-        ratios = []
-        for _ in range(6):
-            ours = v.time_batches("float32", model, images, device, 0, 60, reference).total_ms
-            bare = []
-            for _ in range(60):
-                start = time.perf_counter()
-                model(images)
-                bare.append(1000 * (time.perf_counter() - start))
+def milliseconds(function, *arguments):
+    start = time.perf_counter()
+    output = function(*arguments)
+    return 1000 * (time.perf_counter() - start), output
+
+
+def test_a_timed_batch_costs_nothing_beside_a_hand_written_one():
+    """Ratio of the medians of batches timed in turn: the speed of a shared machine drifts by percents in a second."""
+    model, images, ratios = v.torch.nn.Linear(512, 512), v.torch.randn(2048, 512), []
+    with v.torch.inference_mode():
+        while len(ratios) < 6 and all(abs(ratio - 1) >= 0.01 for ratio in ratios):  # other processes disturb a round
+            ours, bare = [], []
+            for _ in range(600):
+                ours.append(v.time_batch(model, images, v.torch.device("cpu"))[1])
+                bare.append(milliseconds(model, images)[0])
             ratios.append(statistics.median(ours) / statistics.median(bare))
-    assert min(abs(ratio - 1) for ratio in ratios) < 0.01, ratios  # other processes disturb some of the rounds
+    assert ratios[-1] == pytest.approx(1, abs=0.01), ratios
+
+
+def test_the_loop_around_the_batches_costs_nothing():
+    """The times that it reports are those that a clock inside the model sees, batch for batch."""
+    model, inside = v.torch.nn.Linear(512, 512), []
+
+    def forward(images):
+        taken, output = milliseconds(model, images)
+        inside.append(taken)
+        return output
+
+    with v.torch.inference_mode():
+        images = v.torch.randn(2048, 512)
+        reference = model(images).numpy()
+        timing = v.time_batches("float32", forward, images, v.torch.device("cpu"), 0, 60, reference)
+    assert statistics.median(timing.total_ms) / statistics.median(inside[-60:]) == pytest.approx(1, abs=0.01)
 
 
 def test_the_time_of_the_kernels_is_reported_and_not_the_time_to_launch_them(emulated):
