@@ -149,7 +149,8 @@ IMPORT_ERRORS = {
     r"(lib\w+\.so)[\w.]*: cannot open shared object": "CANN is not installed, or its environment is not set ({0[1]} not"
     " found): source /usr/local/Ascend/ascend-toolkit/set_env.sh",
     "Two accelerators": "this torch is built for another accelerator: install the CPU build of torch next to torch_npu",
-    "": "torch_npu does not import next to torch {version}; they must be the same version, and match CANN ({error})",
+    "": "torch_npu {npu} does not import next to torch {version}; they must be the same version, and match CANN"
+    " ({error})",
 }
 REHEARSE = " (for a rehearsal without an NPU: --device cpu)"
 
@@ -162,7 +163,9 @@ def find_npu() -> None:
         found = ((re.search(pattern, str(error)), cause) for pattern, cause in IMPORT_ERRORS.items())
         match, cause = next((match, cause) for match, cause in found if match)
         version = torch.__version__.split("+")[0]
-        raise CannotRun(cause.format(match, version=version, error=first_line(error)) + REHEARSE) from error
+        npu = next((found.version for found in importlib.metadata.distributions(name="torch-npu")), "")
+        cause = cause.format(match, version=version, npu=npu, error=first_line(error))
+        raise CannotRun(cause + REHEARSE) from error
 
 
 def ascend_versions() -> dict[str, str]:
@@ -751,8 +754,8 @@ def load_weights_file(model: torch.nn.Module, path: str) -> None:
     except Exception as error:  # pickle, zipfile, safetensors, struct: a damaged file fails in many ways
         reason = f"{type(error).__name__}: {first_line(error)}"
         reason = "it is not plain tensors" if "weights_only" in str(error) else reason
-        wanted = "it must be a .safetensors file, or a state dict saved by torch.save, whole and unchanged"
-        raise CannotRun(f"the weights file {path} cannot be read ({reason}): {wanted}") from error
+        advice = "it must be a .safetensors file, or a state dict saved by torch.save, whole and unchanged"
+        raise CannotRun(f"the weights file {path} cannot be read ({reason}): {advice}") from error
     wanted = model.state_dict()
     problems = {
         "missing": [key for key in wanted if key not in state],
@@ -945,8 +948,7 @@ def measure_outputs(model, maps, batches, first, device) -> tuple[list[OutputRec
         first: outputs of batch "1" from an earlier pass, which are to repeat.
     """
 
-    def run(images):
-        inputs = images.to(device)
+    def run(inputs):
         return forward_outputs(model, inputs) | feature_maps(maps, inputs)
 
     records, direct = [], {}
@@ -954,12 +956,13 @@ def measure_outputs(model, maps, batches, first, device) -> tuple[list[OutputRec
     for batch, images in batches.items():
         keys = [sha256({"": image}) for image in images]
         try:
-            outputs = run(images)
+            inputs = images.to(device)
+            outputs = run(inputs)
             with torch.inference_mode():
-                again = to_host(model(images.to(device)))
+                again = to_host(model(inputs))
             for i, key in enumerate(keys):
                 if key not in alone:
-                    alone[key] = outputs if len(images) == 1 else run(images[i : i + 1])
+                    alone[key] = outputs if len(images) == 1 else run(images[i : i + 1].to(device))
         except torch.OutOfMemoryError:
             torch.get_device_module(device.type).empty_cache()
             continue
@@ -1073,6 +1076,7 @@ def measure_precision(models, extractors, images, device, modes, gelu) -> tuple[
     if gelu.is_tanh and "strict float32" in modes:
         with gelu_as_on_device(gelu):
             same_gelu = forward_outputs(double, images.double())
+    floors = {name: compare(output, fp64[name]) for name, output in fp32.items()}
     records = []
     for mode in modes:
         strict, amp = mode == "strict float32", mode.endswith("float16")
@@ -1084,8 +1088,8 @@ def measure_precision(models, extractors, images, device, modes, gelu) -> tuple[
         reference, limits = same_gelu if strict else fp64, output_limits(mode, device)
         for name, output in actual.items():
             difference = compare(output, reference[name], ELEMENT_FACTOR * limits[0])
-            floor, against_fp32 = compare(fp32[name], fp64[name]), compare(output, fp32[name])
-            records.append(PrecisionRecord(name, mode, limits, difference, floor, against_fp32))
+            against_fp32 = compare(output, fp32[name])
+            records.append(PrecisionRecord(name, mode, limits, difference, floors[name], against_fp32))
     if extractors:
         few, limits = images[:1], output_limits("float32", device)
         expected, actual = feature_maps(extractors[0], few), feature_maps(extractors[1], few.to(device))
@@ -1369,6 +1373,7 @@ def measure_throughput(model, sizes, modes, images, stage3: np.ndarray, device, 
         before = None
         for batch in sizes if sizes != ["auto"] else (2**i for i in range(MAX_AUTO_BATCH.bit_length())):
             rows = [i % len(images) for i in range(batch)]
+            inputs = images[rows]
             forward = model if dtype == "float32" else under_autocast(model, device, dtype)
             if device.type != "cpu":  # torch.accelerator's memory functions need torch_npu 2.13
                 module = torch.get_device_module(device.type)
@@ -1377,10 +1382,10 @@ def measure_throughput(model, sizes, modes, images, stage3: np.ndarray, device, 
             try:
                 with torch.inference_mode(), constant_rope(model) if graph else contextlib.nullcontext():
                     started = time.perf_counter()
-                    forward = captured(forward, images[rows], device) if graph else forward
+                    forward = captured(forward, inputs, device) if graph else forward
                     capture_ms = 1000 * (time.perf_counter() - started)
                     reference = eager.get((dtype, batch), stage3[rows])
-                    timing = time_batches(mode, forward, images[rows], device, warmup, iters, reference)
+                    timing = time_batches(mode, forward, inputs, device, warmup, iters, reference)
                 timings.append(dataclasses.replace(timing, first_ms=timing.first_ms + capture_ms))
                 eager[dtype, batch] = timing.output
             except torch.OutOfMemoryError:
