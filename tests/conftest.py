@@ -1,69 +1,187 @@
-"""What the tests share: the script as a user runs it, and its functions for direct tests."""
+"""What the tests share: the script as a user runs it, its log as its own Log reads it, and its functions.
 
+unit/ tests functions and takes seconds. runs/ runs the script, most often in a process that is forked from one that has
+imported torch and timm, because the imports take longer than the run. Two tests run side by side; those that are marked
+`timing` run alone.
+"""
+
+import fcntl
+import multiprocessing.forkserver
 import os
-import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = ROOT / "validate_npu.py"
-sys.path.insert(0, str(ROOT))
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
+SCRIPT, WITH_TEST_MODELS = ROOT / "validate_npu.py", TESTS / "with_test_models.py"
+sys.path[:0] = [str(ROOT), str(TESTS)]
 
 import validate_npu  # noqa: E402
+from ascend_emulator import environment  # noqa: E402
 
 validate_npu.import_packages()
+
+# A small run of everything. Without --device it needs an (emulated) NPU.
+QUICK = ("--weights", "random", "--batch-sizes", "1", "3", "--warmup", "0", "--iters", "2")
+SMALL = (*QUICK, "--model", "test_vit")
+REHEARSAL = (*SMALL, "--device", "cpu")
+OLD_LOG = "an earlier log\n"
+SERVER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(TESTS)])}
 
 
 class Run:
     """One finished run of the script: exit status, streams and log."""
 
-    def __init__(self, arguments, folder, env=None, launcher=()):
-        command = [sys.executable, *map(str, launcher), str(SCRIPT), *map(str, arguments)]
-        done = subprocess.run(
-            command, cwd=folder, env=os.environ | (env or {}), capture_output=True, text=True, timeout=600
-        )
-        self.finished(folder, done.returncode, done.stdout, done.stderr)
-
-    def finished(self, folder, status, stdout, stderr):
+    def __init__(self, folder, status, stdout, stderr):
         self.status, self.stdout, self.stderr = status, stdout, stderr
-        self.log_path = Path(folder) / "validation_output.txt"
-        self.log = self.log_path.read_text("utf-8") if self.log_path.exists() else None
+        self.path = Path(folder) / "validation_output.txt"
+        self.text = self.path.read_text("utf-8") if self.path.exists() else None
 
-    def outcomes(self, name):
-        """The outcome words of the checks of this name, in the order of the log."""
-        return [line[:4] for line in self.log.splitlines() if line[6:28].strip() == name and line[:4].isupper()]
+    @property
+    def log(self):
+        return validate_npu.Log("log", self.text.splitlines())
+
+    def marks(self, name, stage=""):
+        """The outcomes of the checks of this name, in the order of the log. stage: "outputs", or all."""
+        return [mark for key, mark in self.log.marks.items() if key[1] == name and stage in key[0]]
+
+    def rows(self, stage):
+        """The rows of a stage's tables: (name, first cell) -> cells by column, as texts."""
+        return {key[1:]: cells for key, cells in self.log.rows.items() if stage in key[0]}
+
+    @property
+    def failures(self):
+        """name: problem of what failed or warned, as the end of the log lists it, each in one line."""
+        blocks = self.text.split("\n\n")
+        return [" ".join(block.split()) for block in blocks if block[:6] in ("FAIL  ", "WARN  ")]
+
+    @property
+    def errors(self):
+        """The lines on stderr that say why a run was not done."""
+        return [line for line in self.stderr.splitlines() if line.startswith("validate_npu.py: ")]
 
     @property
     def result(self):
-        return self.log.splitlines()[-1]
+        return (self.text or self.stdout).splitlines()[-1]
+
+    @property
+    def clean(self):
+        """A run in which nothing failed or warned."""
+        return self.status == 0 and " 0 warned, 0 failed" in self.result
 
 
-def table(log):
-    """The rows of stage 5: (mode, batch) -> figures by the header's names."""
-    section = log[log.index("[5/5]") :].splitlines()
-    names = [name.replace(" ", "_") for name in re.split(r"\s+(?!ms|MiB)", section[1].strip())]
-    rows = (re.match(r"~ +(\w+(?: graph)?) +(\d+ +[\d.]+ .*)", line) for line in section)
-    return {(row[1], int(row[2].split()[0])): dict(zip(names, row[2].split())) for row in rows if row}
+def start(arguments, folder, env=None, launcher=()):
+    """A run in a process of its own, started as a user starts it."""
+    command = [sys.executable, *map(str, launcher), str(SCRIPT), *map(str, arguments)]
+    env = os.environ | (env or {})
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
+    return Run(folder, done.returncode, done.stdout, done.stderr)
 
 
-REHEARSAL = ("--device", "cpu", "--weights", "random", "--warmup", "1", "--iters", "3")
-SMALL = (*REHEARSAL, "--model", "test_vit", "--batch-sizes", "1", "3")
+# --- runs in forked processes -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def fork():
+    """fork(arguments, folder, env): a run in a process forked from one that has imported torch and timm.
+
+    torch_npu is imported in each run, because it reads the emulator's knobs then. with_test_models' models are there.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["with_test_models"])
+    with pytest.MonkeyPatch.context() as patch:  # the server's environment, which each run inherits
+        for name, value in (environment() | SERVER_ENVIRONMENT).items():
+            patch.setenv(name, value)
+        multiprocessing.forkserver.ensure_running()
+
+    def fork(arguments, folder, env=None):
+        process = context.Process(target=in_fork, args=(list(map(str, arguments)), str(folder), env or {}))
+        process.start()
+        process.join(300)
+        process.kill()
+        process.join()
+        return Run(folder, process.exitcode, *((Path(folder) / name).read_text("utf-8") for name in ("stdout", "stderr")))
+
+    return fork
+
+
+def in_fork(arguments, folder, env):
+    os.chdir(folder)
+    os.environ.update(env)
+    for number, name in enumerate(("stdout", "stderr"), 1):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.argv = [str(SCRIPT), *arguments]
+    import with_test_models
+
+    with_test_models.allow_hf32()
+    runpy.run_path(str(SCRIPT), run_name="__main__")
 
 
 @pytest.fixture
-def run(tmp_path):
-    """Run the script in an empty folder: run("--device", "cpu", ..., env={...})."""
+def run(fork, tmp_path):
+    """run(*arguments, **knobs): a forked run in the test's own folder. env={...}: other variables."""
 
-    def run(*arguments, env=None, launcher=()):
-        return Run(arguments, tmp_path, env, launcher)
+    def run(*arguments, env=None, **knobs):
+        return fork(arguments, tmp_path, (environment(**knobs) if knobs else {}) | (env or {}))
 
     return run
 
 
 @pytest.fixture(scope="session")
-def rehearsal(tmp_path_factory):
-    """A rehearsal with a small ViT, run once for all the tests that read its log."""
-    return Run(SMALL, tmp_path_factory.mktemp("rehearsal"))
+def shared(fork, tmp_path_factory):
+    """shared(name, arguments, env): a forked run that is made once for all tests, in whatever process they are."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent / "shared" if "PYTEST_XDIST_WORKER" in os.environ else base / "shared"
+
+    def shared(name, arguments, env=None):
+        folder = base / name
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(base / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (folder / "status").exists():
+                (folder / "status").write_text(str(fork(arguments, folder, env).status))
+        streams = ((folder / stream).read_text("utf-8") for stream in ("stdout", "stderr"))
+        return Run(folder, int((folder / "status").read_text()), *streams)
+
+    return shared
+
+
+@pytest.fixture(scope="session")
+def rehearsal(shared):
+    """A rehearsal with a small ViT."""
+    return shared("rehearsal", REHEARSAL)
+
+
+@pytest.fixture(scope="session")
+def healthy(shared):
+    """The default run but for the weights: DINOv3 ViT-S/16, every batch size, on the emulated npu:0."""
+    return shared("healthy", ("--weights", "random", "--warmup", "0", "--iters", "2"))
+
+
+# --- the order of tests -----------------------------------------------------------------------------------------------
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="also the tests that take minutes, such as the whole fault matrix")
+
+
+def pytest_collection_modifyitems(config, items):
+    """What measures time comes last; what takes minutes only with --full."""
+    items.sort(key=lambda item: item.get_closest_marker("timing") is not None)
+    for item in items:
+        if item.get_closest_marker("full") and not config.getoption("--full"):
+            item.add_marker(pytest.mark.skip(reason="takes minutes: --full"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """A test that measures time has the machine for itself."""
+    base = item.config._tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with open(base / "machine.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX if item.get_closest_marker("timing") else fcntl.LOCK_SH)
+        return (yield)
