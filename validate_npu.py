@@ -7,11 +7,12 @@
 
 Where things are, from top to bottom:
 
-    Limits              what passes, and where each number comes from. A way to run the model is a Mode: to add
-                        one for autocast, add an entry to AMP
+    Limits              what passes, and where each number comes from. A Mode is a way to run the model: to add a type
+                        for autocast, add it to AMP
     The run             validate() calls the stages. A stage measures, and yields entries: lines of the log
     Stages 1 to 5       device_stage(), model_stage(), outputs_stage(), precision_stage(), throughput_stage().
-                        time_batch() times one batch
+                        residual_limit() is the precision limit, time_batch() times one batch
+    The arithmetic      behind stage 4: Probe asks what the device computes in, imitation() lets the CPU do the same
     Several cards       what the processes of torchrun tell each other, and cards_stage()
     Comparing arrays    compare() measures how far two arrays are from each other, judged() makes a line of it
     Comparing logs      Log reads a log, compare_logs() says what became worse
@@ -263,18 +264,41 @@ def device_stage(run: Run) -> Iterator[Entry]:
     facts |= {name: importlib.metadata.version(name) for name in ("timm", "numpy")}
     facts["CPU threads"] = str(torch.get_num_threads())
     shapes = [(PROBE_SIZE, PROBE_SIZE)] * 2
-    run.probe.of(("convolution", "3x3/1"), torch.conv2d, [(2, 16, 8, 8), (16, 16, 3, 3)])
-    run.probe.of(("matmul", shape_text(shapes[0])), torch.mm, shapes)
+    product = "matmul", shape_text(shapes[0])
+    run.probe.of(product, torch.mm, shapes)
+    ask_for_arithmetic(run)
     facts["fp32 is computed in"] = str(run.probe)
     facts["environment"] = " ".join(f"{name}={os.environ[name]}" for name in ENVIRONMENT if name in os.environ)
     yield from (Entry(FACT, name, fact) for name, fact in facts.items() if fact)
     if free is not None:
         yield Entry(VARIES, "free memory", f"{free / GIB:.1f} GiB")
 
-    found = run.probe.found["matmul", shape_text(shapes[0])][1]
     limit, advice = OPERATOR["float32"], "a plain matrix product is wrong: check the device with the vendor's tools"
     yield ERRORS.header("in that arithmetic")
-    yield judged("computes", "matrix product", found, Limit(limit, limit), advice)
+    yield judged("computes", "matrix product", run.probe.found[product][1], Limit(limit, limit), advice)
+    yield from judge_arithmetic(run)
+
+
+def ask_for_arithmetic(run: Run) -> None:
+    """Ask the device for each kind of product that the model has, before there are weights.
+
+    A pass on the meta device tells their shapes. Models that need data for that are asked in stage 4.
+    """
+    with contextlib.suppress(Exception):
+        with torch.device("meta"):
+            model = timm.create_model(run.options.model).eval()
+            image = torch.empty(1, *timm.data.resolve_model_data_config(model)["input_size"])
+        with torch.no_grad(), run.probe.arithmetic():
+            model(image)
+
+
+def judge_arithmetic(run: Run) -> Iterator[Entry]:
+    """Fewer bits than switch and chip document, which nobody asked for, are worth a WARN."""
+    fewer = [" ".join(kind) for kind, (arithmetic, _) in run.probe.found.items()
+             if arithmetic and arithmetic.bits < BITS[run.documented[DOCUMENTED_AS.get(kind[0], kind[0])]]]  # fmt: skip
+    if fewer:
+        problem = f"fewer bits than documented in {', '.join(fewer)}, which nobody asked for"
+        yield Entry(WARN, "fewer bits", "", problem, f"look for what sets it: {REDUCED_FP32.get(run.device.type, '')}")
 
 
 # --- Stage 2: model ---------------------------------------------------------------------------------------------------
@@ -296,7 +320,8 @@ def model_stage(run: Run) -> Iterator[Entry]:
     yield Entry(FACT, "parameters", f"{sum(parameter.numel() for parameter in model.parameters()):,}")
     yield Entry(FACT, "input", f"{size}, {config['interpolation']}, crop {config['crop_pct']:g}")
     yield Entry(FACT, "normalisation", f"mean {mean}, std {std}")
-    url = model.pretrained_cfg.get("hf_hub_id") or model.pretrained_cfg.get("url")
+    origin = getattr(model, "pretrained_cfg", {})
+    url = origin.get("hf_hub_id") or origin.get("url")
     sources = {"pretrained": f"pretrained, {url}", "random": f"random, seed {options.seed}"}
     yield Entry(FACT, "weights", sources.get(options.weights, f"file {os.path.basename(options.weights)}"))
     yield Entry(FACT, "weights SHA-256", sent)
@@ -630,7 +655,6 @@ def precision_stage(run: Run) -> Iterator[Entry]:
     with run.probe.arithmetic():
         modules = compare_modules(run, images[:MODULE_IMAGES])
         control = list(compare_control(run, images[:1], modules))
-    yield from judge_arithmetic(run)
     first = next((module.name for module in modules if module.outcome != PASS), "")
     yield from compare_modes(run, images, cpu, first)
     yield from judge_modules(modules, first)
@@ -695,7 +719,7 @@ def compare_modes(run: Run, images: torch.Tensor, cpu: References, first: str) -
                 run.amp_limits[mode.amp, name] = limit
             against = compare(output, cpu.exact[name]).row, cost, yardstick
             entry = judged(name, mode.name, found, limit, f"{begins}; {DEVICE_LOG}", against=against)
-            if floor > CANNOT_JUDGE or not math.isfinite(yardstick):
+            if not math.isfinite(yardstick) or floor > CANNOT_JUDGE and math.isfinite(found.row):
                 entry = not_judged(entry, mode, floor)
                 run.report.unjudged += 1
             elif entry.mark == FAIL and not first and found.size <= AMPLIFIED:
@@ -734,8 +758,9 @@ def published_figures(run: Run, embedding: np.ndarray, cpu: References) -> Itera
     costs = {name: compare(getattr(cpu, name)["embedding"], cpu.exact["embedding"]).row for name in names}
     if costs["device"]:
         text = f"the device's arithmetic moves the embedding by {costs['device']:.1e} (worst row)"
-        for name, (what, switch) in ARITHMETIC_SWITCHES.get(run.device.type, {}).items():
-            text += f"; {what} alone by {costs[name]:.1e}, {switch}" if costs[name] else ""
+        reduced = next((kind for kind in run.documented.values() if kind != "float32"), "rounding")
+        for name, what in (("rounded", reduced), ("gelu", "GELU")):
+            text += f"; {what} alone by {costs[name]:.1e}, {AVOIDED.get(what, '')}" if costs[name] else ""
         yield Entry(FACT, "cost", text)
     found, alone = (compare(output, cpu.plain["embedding"]) for output in (embedding, cpu.device["embedding"]))
     what = f"embedding, {run.device.type} float32 against cpu float32"
@@ -828,16 +853,6 @@ def compare_control(run: Run, images: torch.Tensor, modules: list[Module]) -> It
     text = f"weight of {name} scaled by {CONTROL_SCALE}: off by {control.difference.row:.1e}, {said}"
     advice = "do not trust this validation: its module check cannot tell"
     yield Entry(outcome, "control", text, "an error of 1 % in a weight matrix was not noticed", advice)
-
-
-def judge_arithmetic(run: Run) -> Iterator[Entry]:
-    """What the device computes this model's products in. Fewer bits than switch and chip document are worth a WARN."""
-    yield Entry(FACT, "arithmetic", str(run.probe))
-    fewer = [" ".join(kind) for kind, (arithmetic, _) in run.probe.found.items()
-             if arithmetic and arithmetic.bits < BITS[run.documented[DOCUMENTED_AS.get(kind[0], kind[0])]]]  # fmt: skip
-    if fewer:
-        problem = f"fewer bits than documented in {', '.join(fewer)}, which nobody asked for"
-        yield Entry(WARN, "fewer bits", "", problem, f"look for what sets it: {REDUCED_FP32.get(run.device.type, '')}")
 
 
 def judge_modules(modules: list[Module], first: str) -> Iterator[Entry]:
@@ -941,15 +956,19 @@ class Probe:
 
     def __str__(self) -> str:
         """What was found, kinds of products by arithmetic."""
-        kinds: dict[str, list[str]] = {}
-        for kind, (arithmetic, found) in self.found.items():
+        kinds: dict[str, dict[str, list[str]]] = {}  # arithmetic -> product -> shapes
+        for (product, shape), (arithmetic, found) in self.found.items():
             text = str(arithmetic) if arithmetic else NOT_RECOGNISED.format(found.rel_l2)
-            kinds.setdefault(text, []).append(" ".join(kind))
+            kinds.setdefault(text, {}).setdefault(product, []).append(shape)
         forms = {"none": "erf", "tanh": "tanh"}
         asked = " ".join(dict.fromkeys(forms.get(form, form) for form in self.gelu.values()))
         as_asked = all(form == asked for asked, form in self.gelu.items())
-        products = "; ".join(f"{', '.join(names)}: {text}" for text, names in kinds.items())
-        return f"{products}; GELU: {'as asked' if as_asked else asked}"
+        texts = []
+        for text, products in kinds.items():
+            few = [f"{name} {', '.join(shapes) if len(shapes) < 4 else f'({len(shapes)} shapes)'}"
+                   for name, shapes in products.items()]  # fmt: skip
+            texts.append(f"{', '.join(few)}: {text}")
+        return f"{'; '.join(texts)}; GELU: {'as asked' if as_asked else asked}"
 
     @property
     def rounds(self) -> bool:
@@ -968,6 +987,7 @@ def imitation(of: Callable, gelu: dict[str, str]) -> contextlib.AbstractContextM
     products that it saw, those that it rounded, and the GELUs that it changed.
     """
     aten, attention = torch.ops.aten, torch.nn.functional.scaled_dot_product_attention
+    hosts = "cpu", "meta"
     kernel = torch.nn.attention.sdpa_kernel  # the parts of attention, of which a dispatch mode sees the products
 
     class Attention(torch.overrides.TorchFunctionMode):
@@ -975,7 +995,7 @@ def imitation(of: Callable, gelu: dict[str, str]) -> contextlib.AbstractContextM
 
         def __torch_function__(self, function, types, args=(), kwargs=None):
             kwargs = kwargs or {}
-            if function is not attention or args[0].device.type != "cpu":
+            if function is not attention or not args or args[0].device.type not in hosts:
                 return function(*args, **kwargs)
             heads, width = min(args[0].shape[1], 2), args[0].shape[-1]
             shapes = [(1, heads, min(x.shape[-2], 64), x.shape[-1]) for x in args[:3]]
@@ -1003,7 +1023,7 @@ def imitation(of: Callable, gelu: dict[str, str]) -> contextlib.AbstractContextM
 
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             kwargs = dict(kwargs or {})
-            if function in self.operands and args[0].device.type == "cpu":
+            if function in self.operands and args[0].device.type in hosts:
                 first = self.operands[function]
                 arithmetic = self.inside or of(*kind_of_product(function, args, first))
                 args = tuple(arithmetic.round(x) if i in (first, first + 1) else x for i, x in enumerate(args))
@@ -1749,12 +1769,11 @@ REDUCED_FP32 = {
     "npu": "torch.npu.matmul.allow_hf32, torch.npu.conv.allow_hf32, torch.npu.matmul.cube_math_type",
     "cuda": "torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32",
 }
-ARITHMETIC_SWITCHES = {
-    "npu": {
-        "rounded": ("HF32", "which torch.npu.conv.allow_hf32 = False avoids"),
-        "gelu": ("the form of GELU", "which TORCH_NPU_USE_COMPATIBLE_IMPL=1 before the start avoids"),
-    },
-    "cuda": {"rounded": ("TF32", "which torch.backends.cudnn.allow_tf32 = False avoids")},
+AVOIDED = {
+    "HF32": "which torch.npu.conv.allow_hf32 = False avoids",
+    "TF32": "which torch.backends.cudnn.allow_tf32 = False avoids",
+    "float16": "which this chip's matrix unit cannot avoid",
+    "GELU": "which TORCH_NPU_USE_COMPATIBLE_IMPL=1 before the start avoids",
 }
 REHEARSE = " (for a rehearsal without an NPU: --device cpu)"
 
