@@ -263,9 +263,7 @@ def device_stage(run: Run) -> Iterator[Entry]:
     facts |= accelerator_versions(device)
     facts |= {name: importlib.metadata.version(name) for name in ("timm", "numpy")}
     facts["CPU threads"] = str(torch.get_num_threads())
-    shapes = [(PROBE_SIZE, PROBE_SIZE)] * 2
-    product = "matmul", shape_text(shapes[0])
-    run.probe.of(product, torch.mm, shapes)
+    arithmetic, found = run.probe.recognise(torch.mm, [run.probe.draw((PROBE_SIZE, PROBE_SIZE)) for _ in range(2)])
     ask_for_arithmetic(run)
     facts["fp32 is computed in"] = str(run.probe)
     facts["environment"] = " ".join(f"{name}={os.environ[name]}" for name in ENVIRONMENT if name in os.environ)
@@ -275,7 +273,7 @@ def device_stage(run: Run) -> Iterator[Entry]:
 
     limit, advice = OPERATOR["float32"], "a plain matrix product is wrong: check the device with the vendor's tools"
     yield ERRORS.header("in that arithmetic")
-    yield judged("computes", "matrix product", run.probe.found[product][1], Limit(limit, limit), advice)
+    yield judged("computes", "matrix product", found, Limit(limit, limit), advice, where=str(arithmetic or EXACT))
     yield from judge_arithmetic(run)
 
 
@@ -677,13 +675,13 @@ class References(NamedTuple):
 def reference_outputs(run: Run, images: torch.Tensor, plain: dict[str, np.ndarray]) -> References:
     """What the device should compute, what it would be without its arithmetic, and how far the CPU's fp32 is from it.
 
-    plain: the CPU's outputs in fp32. Raises RuntimeError where the reference did not see the model's products.
+    plain: the CPU's outputs in fp32. Raises RuntimeError where products are hidden from the reference.
     """
     own, seen = plain, run.probe.arithmetic()
     with seen:
         own = forward_outputs(run.model.cpu, images, run.maps)
-    if not seen.products:
-        raise RuntimeError("the reference saw no product of this model, so it cannot round as the device does")
+    if run.probe.rounds and (seen.hidden or not seen.rounded):
+        raise RuntimeError("the reference did not see all products of this model: it cannot round as the device does")
     double = copy.deepcopy(run.model.cpu).double()
 
     def outputs(context) -> dict[str, np.ndarray]:
@@ -915,7 +913,7 @@ class Probe:
         """Operands with 13 bits of mantissa, so that ties are frequent: roundings differ in where a half goes."""
         return Arithmetic(13, "truncated").round(torch.randn(shape, generator=self.generator))
 
-    def recognise(self, function: Callable, operands: tuple[torch.Tensor, ...]) -> tuple[Arithmetic | None, Difference]:
+    def recognise(self, function: Callable, operands: list[torch.Tensor]) -> tuple[Arithmetic | None, Difference]:
         """The arithmetic in which the device computes function(*operands), and how far it is from that.
 
         Where none is recognised: None, and how far it is from fp64. The operands are float32 tensors on the CPU.
@@ -939,7 +937,7 @@ class Probe:
     def of(self, kind: tuple[str, str], function: Callable, shapes: list[tuple[int, ...]]) -> Arithmetic:
         """The arithmetic of a kind of product, asked with operands of these shapes. What is not recognised is exact."""
         if kind not in self.found:
-            self.found[kind] = self.recognise(function, tuple(map(self.draw, shapes)))
+            self.found[kind] = self.recognise(function, list(map(self.draw, shapes)))
         return self.found[kind][0] or EXACT
 
     @functools.cached_property
@@ -984,7 +982,7 @@ def imitation(of: Callable, gelu: dict[str, str]) -> contextlib.AbstractContextM
 
     of(kind, function, shapes): the Arithmetic of a product. gelu: the form by the form that is asked for. Layers and
     functional calls alike are caught where they reach aten, so not under inference_mode. The context counts the
-    products that it saw, those that it rounded, and the GELUs that it changed.
+    products that it rounded, those that were hidden from it, and the GELUs that it changed.
     """
     aten, attention = torch.ops.aten, torch.nn.functional.scaled_dot_product_attention
     hosts = "cpu", "meta"
@@ -1010,7 +1008,8 @@ def imitation(of: Callable, gelu: dict[str, str]) -> contextlib.AbstractContextM
     class Products(torch.utils._python_dispatch.TorchDispatchMode):
         operands = {aten.convolution.default: 0, aten.mm.default: 0, aten.bmm.default: 0, aten.addmm.default: 1,
                     aten.baddbmm.default: 1}  # fmt: skip
-        inside, products, rounded, gelus = None, 0, 0, 0  # inside: the arithmetic of the attention that is computed
+        whole = aten.linear.default, aten.conv2d.default, aten.matmul.default  # what inference_mode hides products in
+        inside, hidden, rounded, gelus = None, 0, 0, 0  # inside: the arithmetic of the attention that is computed
 
         def __enter__(self):
             self.attention = Attention()
@@ -1027,11 +1026,12 @@ def imitation(of: Callable, gelu: dict[str, str]) -> contextlib.AbstractContextM
                 first = self.operands[function]
                 arithmetic = self.inside or of(*kind_of_product(function, args, first))
                 args = tuple(arithmetic.round(x) if i in (first, first + 1) else x for i, x in enumerate(args))
-                self.products, self.rounded = self.products + 1, self.rounded + (arithmetic != EXACT)
+                self.rounded += arithmetic != EXACT
             elif function in (aten.gelu.default, aten.gelu_.default) and args[0].device.type == "cpu":
                 asked = kwargs.get("approximate", "none")
                 if (form := gelu.get(asked)) in ("none", "tanh") and form != asked:
                     kwargs["approximate"], self.gelus = form, self.gelus + 1
+            self.hidden += function in self.whole
             return function(*args, **kwargs)
 
     products = Products()

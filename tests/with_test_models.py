@@ -5,6 +5,8 @@ test_vit_without_convolution   its patch embedding is a matrix product
 test_tiny_vit          one block of width 32 at 32 x 32, so that its kernels take no time
 test_vit_with_a_slow_host      the same, and its Python takes 100 ms
 test_vit_that_waits    reads a value on the host in its forward pass, so that no graph can be captured
+test_trained_vit       vit_small_patch14_dinov2 at 98 x 98, where trained weights take seconds; timm resamples the positions
+test_deep_vit          24 blocks of width 64 at 64 x 64
 test_vit_with_bessel   uses an operator that torch_npu has no kernel for, so that torch_npu would compute it on the CPU
 
 TEST_ALLOW_HF32="conv matmul" sets torch_npu's HF32 switches to that, as a user's program could.
@@ -26,12 +28,26 @@ import torch  # noqa: E402
 from timm.layers import PatchEmbed  # noqa: E402
 from timm.models import register_model  # noqa: E402
 from timm.models.eva import vit_small_patch16_dinov3  # noqa: E402
-from timm.models.vision_transformer import VisionTransformer  # noqa: E402
+from timm.models.vision_transformer import VisionTransformer, vit_small_patch14_dinov2  # noqa: E402
 
 
 @register_model
 def test_dinov3(pretrained=False, **kwargs):
     return vit_small_patch16_dinov3(pretrained, **{**kwargs, "embed_dim": 96, "depth": 3, "num_heads": 3})
+
+
+@register_model
+def test_trained_vit(pretrained=False, **kwargs):
+    model = vit_small_patch14_dinov2(img_size=98)
+    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, 98, 98)}
+    return model
+
+
+@register_model
+def test_deep_vit(pretrained=False, **kwargs):
+    model = VisionTransformer(img_size=64, embed_dim=64, depth=24, num_heads=2)
+    model.pretrained_cfg = {"input_size": (3, 64, 64)}
+    return model
 
 
 class LinearPatches(PatchEmbed):
