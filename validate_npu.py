@@ -1619,14 +1619,16 @@ class Log:
         self.marks: dict[Key, str] = {}  # PASS, WARN, ... of each check
         self.rows: dict[Key, dict[str, str]] = {}  # cells by column
         for block in blocks:
-            stage, *lines = block.splitlines()
+            stage, *lines = block.split("\n")
             columns: list[str] = []
             for mark, name, text in Entry.read(lines):
-                cells = text.split()
+                cells = Table.split(text)
                 if mark == HEADER:
                     columns = cells
                     continue
-                key = stage, name, cells[0] if cells and len(cells) == len(columns) else ""
+                numbers = [cell for cell in cells if re.fullmatch(r"[-+\d.e%]+|inf|nan", cell)]
+                is_row = cells and len(cells) == len(columns) and 2 * len(numbers) >= len(cells)  # a sentence is none
+                key = stage, name, cells[0] if is_row else ""
                 if key[2]:
                     self.rows[key] = dict(zip(columns, cells))
                 if mark in OUTCOMES:
@@ -1660,7 +1662,8 @@ def compare_logs(old: Log, new: Log, options: argparse.Namespace) -> Iterator[En
     Logs of two versions of the script differ in what they hold: what both have is compared.
     """
     rank, same_version = OUTCOMES.index, old.version == new.version
-    other = [f"{name}: {new.facts[name]}" for name in EXPERIMENT if new.facts.get(name, "") != old.facts.get(name, "")]
+    known = [name for name in EXPERIMENT if name in old.facts and name in new.facts]
+    other = [f"{name}: {new.facts[name]}" for name in known if new.facts[name] != old.facts[name]]
     lost = [said(key) for key in [*old.marks, *old.timings] if key not in {**new.marks, **new.timings}]
     added = [f"{said(key)}: new, {mark}" for key, mark in new.marks.items() if key not in old.marks]
     worse = [f"{said(key)}: {old.marks[key]} -> {mark}" for key, mark in new.marks.items()
@@ -1698,8 +1701,9 @@ def compare_logs(old: Log, new: Log, options: argparse.Namespace) -> Iterator[En
 def grown_errors(old: Log, new: Log) -> Iterator[str]:
     """The rows in which an error is worse."""
     for key in (key for key in old.rows if key in new.rows):
-        for column in (column for column in ERROR_COLUMNS if column in old.rows[key] and column in new.rows[key]):
-            before, after = float(old.rows[key][column]), float(new.rows[key][column])
+        for column in ERROR_COLUMNS:
+            before, after = (log.rows[key].get(column, "-") for log in (old, new))
+            before, after = (math.nan if cell == "-" else float(cell) for cell in (before, after))
             if after > max(ROUNDING, (1 + ERROR_GROWTH) * before):
                 yield f"{said(key)}: {column} {before:.1e} -> {after:.1e}"
                 break
@@ -2006,6 +2010,10 @@ class Table:
             cell = str(cell or "-").replace(" ", "_") if is_text else cell
             texts.append(format(cell, form.split(".")[0] if is_text else form))
         return " ".join(texts).rstrip()
+
+    @staticmethod
+    def split(text: str) -> list[str]:
+        return text.split()
 
 
 

@@ -104,7 +104,9 @@ def fork():
         process.join(300)
         process.kill()
         process.join()
-        return Run(folder, process.exitcode, *((Path(folder) / name).read_text("utf-8") for name in ("stdout", "stderr")))
+        return Run(
+            folder, process.exitcode, *((Path(folder) / name).read_text("utf-8") for name in ("stdout", "stderr"))
+        )
 
     return fork
 
@@ -166,7 +168,9 @@ def healthy(shared):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--full", action="store_true", help="also the tests that take minutes, such as the whole fault matrix")
+    parser.addoption(
+        "--full", action="store_true", help="also the tests that take minutes, such as the whole fault matrix"
+    )
 
 
 def pytest_collection_modifyitems(config, items):

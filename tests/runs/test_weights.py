@@ -12,13 +12,13 @@ import time
 
 import pytest
 import validate_npu as v
-from conftest import SCRIPT, Run
+from conftest import OLD_LOG, REHEARSAL, SCRIPT, start
 from hub_server import HubServer
 from safetensors.torch import save, save_file
 
 torch, timm = v.torch, v.timm
-QUICK = ("--device", "cpu", "--batch-sizes", "1", "--warmup", "0", "--iters", "1")
-PRETRAINED = (*QUICK, "--model", "test_vit", "--weights", "pretrained")
+ONE = (*REHEARSAL, "--batch-sizes", "1", "--iters", "1")
+PRETRAINED = (*ONE, "--weights", "pretrained")
 REPOSITORY = "timm/test_vit.r160_in1k"  # where timm looks for the weights of test_vit
 
 
@@ -33,15 +33,15 @@ def files():
     return {"model.safetensors": save(drawn("test_vit").state_dict())}
 
 
-def weights_of(log):
-    return re.search(r"weights SHA-256 +(\w{64})", log)[1]
+def weights_of(run):
+    return run.log.facts["weights SHA-256"]
 
 
 def from_hub(folder, url, **env):
     """A run whose hub and whose cache are its own. The short timeouts are those of huggingface_hub."""
-    (folder / "validation_output.txt").write_text("an earlier log\n")
+    (folder / "validation_output.txt").write_text(OLD_LOG)
     timeouts = {"HF_HUB_DOWNLOAD_TIMEOUT": "1", "HF_HUB_ETAG_TIMEOUT": "1"}
-    return Run(PRETRAINED, folder, {"HF_ENDPOINT": url, "HF_HOME": str(folder / "cache")} | timeouts | env)
+    return start(PRETRAINED, folder, {"HF_ENDPOINT": url, "HF_HOME": str(folder / "cache")} | timeouts | env)
 
 
 # --- the hub ----------------------------------------------------------------------------------------------------------
@@ -50,13 +50,13 @@ def from_hub(folder, url, **env):
 def test_a_download_and_then_its_cache_with_the_server_gone(tmp_path, files):
     with HubServer(REPOSITORY, files) as hub:
         first = from_hub(tmp_path, hub.url)
-    assert first.status == 0, first.stderr
-    assert f"pretrained, {REPOSITORY}" in first.log
-    assert weights_of(first.log) == v.sha256(drawn("test_vit").state_dict())
+    assert first.clean, first.stderr
+    assert first.log.facts["weights"] == f"pretrained, {REPOSITORY}"
+    assert weights_of(first) == v.sha256(drawn("test_vit").state_dict())
     assert sum("GET" in request and "model.safetensors" in request for request in hub.requests) == 1
     for env in ({"HF_HUB_OFFLINE": "1"}, {}):
         again = from_hub(tmp_path, hub.url, **env)
-        assert again.status == 0 and weights_of(again.log) == weights_of(first.log), again.stderr
+        assert again.clean and weights_of(again) == weights_of(first), again.stderr
 
 
 def test_a_terminal_shows_the_progress_of_the_download(tmp_path, files):
@@ -102,19 +102,19 @@ def test_a_hub_that_does_not_give_the_weights_ends_the_run_in_a_minute(tmp_path,
         done = from_hub(tmp_path, hub.url)
     assert time.monotonic() - start < 60
     assert done.status == 2, done.stdout
-    errors = [line for line in done.stderr.splitlines() if "error: " in line]
-    assert len(errors) == 1 and message in errors[0], done.stderr
+    *notes, error = done.errors
+    assert "error: " in error and message in error, done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout.splitlines()[-1].startswith("RESULT: NOT RUN")
-    assert done.log == "an earlier log\n"
-    assert (f"{hub.url} does not answer" in done.stderr) == (behaviour == "stall")
+    assert done.text == OLD_LOG
+    assert [f"{hub.url} does not answer" in note for note in notes] == [True] * (behaviour == "stall")
 
 
 def test_a_hub_that_fails_at_first_is_asked_again(tmp_path, files):
     with HubServer(REPOSITORY, files, "flaky") as hub:
         done = from_hub(tmp_path, hub.url)
-    assert done.status == 0, done.stderr
-    assert weights_of(done.log) == v.sha256(drawn("test_vit").state_dict())
+    assert done.clean, done.stderr
+    assert weights_of(done) == v.sha256(drawn("test_vit").state_dict())
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -149,10 +149,10 @@ def test_a_checkpoint_is_loaded(run, tmp_path, name, write):
     state = drawn(name).state_dict()
     write(state, tmp_path / "weights")
     path = next(tmp_path.glob("weights.*"))
-    done = run(*QUICK, "--model", name, "--weights", path)
-    assert done.status == 0, done.stdout + done.stderr
-    assert f"file {path.name}" in done.log
-    assert weights_of(done.log) == v.sha256(state)
+    done = run(*ONE, "--model", name, "--weights", path)
+    assert done.clean, done.stdout + done.stderr
+    assert done.log.facts["weights"] == f"file {path.name}"
+    assert weights_of(done) == v.sha256(state)
 
 
 def test_another_models_checkpoint_is_reported_by_its_keys(run, tmp_path):
@@ -162,42 +162,26 @@ def test_another_models_checkpoint_is_reported_by_its_keys(run, tmp_path):
     for key in [key for key in state if key.startswith("blocks.0.")]:
         del state[key]
     torch.save(state, tmp_path / "other.pth")
-    done = run(*QUICK, "--model", "test_vit", "--weights", "other.pth")
+    done = run(*ONE, "--weights", "other.pth")
     assert done.status == 2
     assert (
         "keys 12 missing (blocks.0.norm1.weight, blocks.0.norm1.bias, blocks.0.attn.qkv.weight, ...);"
         " 1 unexpected (norm.extra); 1 of another shape (norm.weight)"
-    ) in done.stderr
+    ) in done.errors[0]
 
 
-# --- the variants -----------------------------------------------------------------------------------------------------
-
-
-def test_the_qkvb_variant_with_zero_biases_gives_the_outputs_of_the_plain_one():
-    plain = drawn("vit_small_patch16_dinov3")
-    biased = timm.create_model("vit_small_patch16_dinov3_qkvb").eval()
-    missing, unexpected = biased.load_state_dict(plain.state_dict(), strict=False)
-    assert not unexpected and missing and all("bias" in key for key in missing)
-    for name, parameter in biased.named_parameters():
-        if name in missing:
-            parameter.data.zero_()
-    images = v.draw_images(1, (3, 256, 256), 0)
-    outputs = [v.forward_outputs(model, images)["tokens"] for model in (plain, biased)]
-    assert v.compare(outputs[1], outputs[0]).worst_rel_l2 < 1e-6
+# --- a variant --------------------------------------------------------------------------------------------------------
 
 
 def test_rope_periods_in_bfloat16_are_the_originals_and_change_the_outputs_a_little(run):
-    arguments = (*QUICK, "--model", "vit_small_patch16_dinov3", "--weights", "random")
-    truncated = v.load_model("vit_small_patch16_dinov3", "random", 0, rope_bf16=True)
-    periods = truncated.rope.periods
-    assert periods.dtype == torch.float32 and torch.equal(periods, periods.bfloat16().float())
-    plain, other = run(*arguments), run(*arguments, "--rope-bf16")
-    assert plain.status == other.status == 0, other.stdout
-    assert "RoPE periods in bfloat16" in other.log
-    maps = [[line for line in done.log.splitlines() if line.startswith("PASS  feature map")] for done in (plain, other)]
-    assert maps[0] != maps[1], "the feature maps are those of the truncated periods, too"
-
-
-def test_a_model_without_rope_periods_cannot_have_them_truncated(run):
-    done = run(*QUICK, "--model", "test_vit", "--weights", "random", "--rope-bf16")
-    assert done.status == 2 and "--rope-bf16: this model has no RoPE periods" in done.stderr
+    """All of them, the feature maps, too; the weights are the same."""
+    model = (*ONE, "--model", "test_dinov3")
+    plain, rounded = run(*model), run(*model, "--rope-bf16")
+    assert plain.clean and rounded.clean, rounded.stdout
+    assert "RoPE periods in float32" in plain.log.facts["options"]
+    assert "RoPE periods in bfloat16" in rounded.log.facts["options"]
+    assert weights_of(plain) == weights_of(rounded)
+    before, after = plain.rows("outputs"), rounded.rows("outputs")
+    for name in ("embedding", "tokens", "feature map 1", "feature map 2", "feature map 3"):
+        assert before[name, "1"] != after[name, "1"], name
+        assert float(after[name, "1"]["std"]) == pytest.approx(float(before[name, "1"]["std"]), rel=0.05)

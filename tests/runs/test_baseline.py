@@ -1,0 +1,53 @@
+"""--baseline: a run is compared with an earlier log, which it may replace."""
+
+import pytest
+from conftest import OLD_LOG, REHEARSAL, SMALL
+
+KNOWN_TIME = (*SMALL, "--batch-sizes", "1", "--iters", "5", "--baseline", "validation_output.txt")
+
+
+@pytest.mark.timing
+def test_a_run_is_compared_with_its_baseline(run):
+    """On a device with a known time: the same again passes, one that takes half as long again fails."""
+    first = run(*KNOWN_TIME[:-2], KERNEL_TIME="Convolution=200")
+    assert first.clean, first.stdout
+    same = run(*KNOWN_TIME, KERNEL_TIME="Convolution=200")
+    assert same.clean, same.stdout
+    assert "\n[comparison] with validation_output.txt\n" in same.text
+    assert "changed lines          none" in same.text
+    slow = run(*KNOWN_TIME, KERNEL_TIME="Convolution=300")
+    assert slow.status == 1 and slow.result.startswith("RESULT: FAIL")
+    assert len(slow.failures) == 1 and slow.failures[0].startswith("FAIL speed: float32 1 of throughput: ")
+    assert slow.path.read_text("utf-8") == slow.stdout, "the baseline was read before it was replaced"
+
+
+def test_an_error_that_a_baseline_did_not_have_fails_the_run(run):
+    """The device's norms are off by 1 % from the second run on: that run fails twice, by itself and by comparison."""
+    assert run(*SMALL).clean
+    done = run(*SMALL, "--baseline", "validation_output.txt", FAULT="LayerNorm:scale=1.01")
+    assert done.status == 1
+    (outcomes,) = (failure for failure in done.failures if failure.startswith("FAIL outcomes: "))
+    assert "LayerNorm worst_of_13 of precision: PASS -> FAIL" in outcomes
+    (errors,) = (failure for failure in done.failures if failure.startswith("FAIL errors: "))
+    assert "embedding float32 of precision: " in errors
+    assert not any(failure.startswith(("WARN experiment", "FAIL checks")) for failure in done.failures)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "the log old.txt cannot be read"),
+        ("a poem\n", "old.txt is not a whole log of validate_npu.py"),
+        ("validate_npu 2.0: test_vit on cpu\n\n[1/5] device\n", "old.txt is not a whole log of validate_npu.py"),
+        (b"\xff\xfe\x00", "the log old.txt cannot be read"),
+    ],
+)
+@pytest.mark.parametrize("arguments", [("--baseline", "old.txt"), ("--compare", "old.txt", "old.txt")])
+def test_a_file_that_is_no_whole_log_is_refused(run, tmp_path, arguments, text, message):
+    (tmp_path / "validation_output.txt").write_text(OLD_LOG)
+    if text is not None:
+        (tmp_path / "old.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
+    done = run(*REHEARSAL, *arguments)
+    assert done.status == 2 and len(done.errors) == 1 and message in done.errors[0], done.stderr
+    assert done.stdout.startswith("RESULT: NOT RUN  (exit status 2"), "before anything is run"
+    assert "Traceback" not in done.stderr and done.text == OLD_LOG

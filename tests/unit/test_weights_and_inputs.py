@@ -1,0 +1,252 @@
+"""The model under test: its weights and inputs are those of the seed, and its feature maps those that timm promises."""
+
+import copy
+
+import pytest
+import validate_npu as v
+from small_run import CPU, after_model_stage, new_run
+
+np, torch, timm = v.np, v.torch, v.timm
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "test_vit", "resnet18", "convnext_atto"])
+def test_random_weights_let_every_block_matter(name):
+    """With timm's own initialisation, LayerScale (1e-5) or a zeroed BatchNorm hides whatever a block computes.
+
+    5 % of any matrix move the embedding by more than a hundred times what rounding does (2e-7).
+    """
+    model = timm.create_model(name).eval()
+    v.draw_weights(model, seed=0)
+    images = v.draw_images(1, timm.data.resolve_model_data_config(model)["input_size"], seed=0)
+    before = v.forward_outputs(model, images)["embedding"]
+    matrices = [(key, p) for key, p in model.named_parameters() if p.ndim > 1 and not key.startswith(("head", "fc"))]
+    for key, parameter in matrices[:: 1 + len(matrices) // 12]:
+        parameter.data *= 1.05
+        moved = v.compare(v.forward_outputs(model, images)["embedding"], before).rel_l2
+        parameter.data /= 1.05
+        assert moved > 3e-5, f"{key}: 5 % move the embedding by {moved:.1e}"
+
+
+def test_weights_are_those_of_the_seed():
+    a, b = timm.create_model("test_vit"), timm.create_model("test_vit")
+    v.draw_weights(a, seed=3)
+    v.draw_weights(b, seed=3)
+    assert v.sha256(a.state_dict()) == v.sha256(b.state_dict())
+    v.draw_weights(b, seed=4)
+    assert v.sha256(a.state_dict()) != v.sha256(b.state_dict())
+
+
+def test_a_checksum_sees_the_last_bit_the_name_the_shape_and_the_type():
+    weights = {"a": torch.ones(2, 3), "b": torch.zeros(4, dtype=torch.bfloat16), "c": torch.tensor(5)}
+    sums = {v.sha256(weights)}
+    last_bit = torch.ones(2, 3)
+    last_bit[1, 2] += 2**-23
+    for change in (
+        {"a": last_bit},
+        {"a": torch.ones(3, 2)},
+        {"b": torch.zeros(4, dtype=torch.float16)},
+        {"b": torch.zeros(4, dtype=torch.bfloat16).neg()},
+        {"c": torch.tensor(6)},
+        {"d": torch.tensor(5)},
+    ):
+        sums.add(v.sha256({**weights, **change}))
+    sums.add(v.sha256({name: weights[name] for name in "bac"}))
+    assert len(sums) == 8
+    assert v.sha256({**weights, "a": torch.ones(3, 2).t()}) in sums, "not how it lies in memory"
+
+
+def test_rope_periods_are_rounded_to_bfloat16_and_kept_in_float32():
+    plain, rounded = (v.load_model(new_run("--model", "test_dinov3", *more).options) for more in ((), ("--rope-bf16",)))
+    before, after = plain.rope.periods, rounded.rope.periods
+    assert after.dtype == torch.float32 and torch.equal(after, before.bfloat16().float())
+    assert not torch.equal(after, before)
+    assert v.sha256(plain.state_dict()) == v.sha256(rounded.state_dict()), "else they are the same"
+
+
+def test_the_qkvb_variant_with_zero_biases_gives_the_outputs_of_the_plain_one():
+    plain = timm.create_model("vit_small_patch16_dinov3").eval()
+    v.draw_weights(plain, seed=1)
+    biased = timm.create_model("vit_small_patch16_dinov3_qkvb").eval()
+    missing, unexpected = biased.load_state_dict(plain.state_dict(), strict=False)
+    assert not unexpected and missing and all("bias" in key for key in missing)
+    for name, parameter in biased.named_parameters():
+        if name in missing:
+            parameter.data.zero_()
+    images = v.draw_images(1, (3, 256, 256), 0)
+    outputs = [v.forward_outputs(model, images)["tokens"] for model in (plain, biased)]
+    assert v.compare(outputs[1], outputs[0]).row < 1e-6
+
+
+# --- inputs -----------------------------------------------------------------------------------------------------------
+
+
+def test_images_are_those_of_the_seed_and_batches_share_them():
+    images = v.draw_images(5, (3, 24, 32), 3)
+    assert images.shape == (5, 3, 24, 32) and images.dtype == torch.float32
+    assert torch.equal(v.draw_images(2, (3, 24, 32), 3), images[:2])
+    assert not torch.equal(v.draw_images(5, (3, 24, 32), 4), images)
+
+
+def test_images_have_the_scale_of_normalised_ones_and_differ_from_each_other():
+    images = v.draw_images(8, (3, 64, 64), 0).flatten(1)
+    assert images.std().item() == pytest.approx(1, abs=0.05) and abs(images.mean().item()) < 0.05
+    coarse = torch.nn.functional.avg_pool2d(v.draw_images(8, (3, 64, 64), 0), 8).flatten(1)
+    assert torch.pdist(coarse).min() > 5, "also where a model averages over patches: of plain noise it is about 2"
+
+
+def test_a_picture_goes_through_the_models_own_transforms(tmp_path):
+    from PIL import Image
+
+    values = np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)
+    for name, picture in (("a.png", values), ("b.png", 255 - values), ("grey.png", values[:, :, 0])):
+        Image.fromarray(picture).save(tmp_path / name)
+    config = timm.data.resolve_model_data_config(timm.create_model("test_vit"))
+    names = ("a.png", "b.png", "a.png", "grey.png")
+    pictures = v.load_pictures([str(tmp_path / name) for name in names], config)
+    assert pictures.shape == (3, 3, 160, 160), "a picture that is given twice counts once"
+    expected = timm.data.create_transform(**config, is_training=False)(Image.fromarray(values))
+    assert torch.equal(pictures[0], expected)
+
+
+# --- outputs ----------------------------------------------------------------------------------------------------------
+
+
+def with_the_weights_of(model, features):
+    """features_only's model with the same weights: its names differ in underscores and in a prefix."""
+
+    def plain(key):
+        return key.removeprefix("model.").replace(".", "_")
+
+    state = {plain(key): value for key, value in model.state_dict().items()}
+    features.load_state_dict({key: state[plain(key)] for key in features.state_dict()})
+    return features.eval()
+
+
+# Shapes, so that they do not only agree with each other.
+MAPS = {
+    "test_vit": [(64, 10, 10)] * 3,
+    "test_dinov3": [(96, 16, 16)] * 3,
+    "resnet18": [(64, 112, 112), (64, 56, 56), (128, 28, 28), (256, 14, 14), (512, 7, 7)],
+    "swin_tiny_patch4_window7_224": [(56, 56, 96), (28, 28, 192), (14, 14, 384), (7, 7, 768)],  # channels last
+    "dla34": [(32, 112, 112), (64, 56, 56), (128, 28, 28), (256, 14, 14), (512, 7, 7)],
+    "test_efficientnet": [(16, 80, 80), (24, 40, 40), (32, 20, 20), (48, 10, 10), (64, 5, 5)],
+    "test_nfnet": [(64, 80, 80), (32, 40, 40), (64, 20, 20), (96, 10, 10), (192, 5, 5)],
+    "hrnet_w18_small": [(64, 112, 112), (128, 56, 56), (256, 28, 28), (512, 14, 14), (1024, 7, 7)],
+    "test_convnext": [(24, 40, 40), (32, 20, 20), (48, 10, 10), (64, 5, 5)],
+    "crossvit_9_240": [(128, 20, 20), (256, 14, 14)],
+    "lcnet_050": [(16, 112, 112), (32, 56, 56), (64, 28, 28), (128, 14, 14), (256, 7, 7)],
+}
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_feature_maps_are_those_of_features_only_and_looking_for_them_changes_nothing(name):
+    run = after_model_stage("--model", name, "--batch-sizes", "1")
+    state = {key: value.clone() for key, value in run.model.cpu.state_dict().items()}
+    before = v.forward_outputs(run.model.cpu, run.images)
+    run.maps = v.find_feature_maps(run)
+    both = v.forward_outputs(run.model.cpu, run.images, run.maps)
+    found = {key: output for key, output in both.items() if key not in before}
+    again = {key: output for key, output in both.items() if key in before}
+
+    features = with_the_weights_of(run.model.cpu, timm.create_model(name, features_only=True))
+    with torch.inference_mode():
+        expected = {f"feature map {i}": x.numpy() for i, x in enumerate(features(run.images), 1)}
+    assert [output.shape[1:] for output in expected.values()] == MAPS[name]
+    assert found.keys() == expected.keys()
+    for key, output in found.items():
+        assert output.shape == expected[key].shape and np.array_equal(output, expected[key]), key
+
+    assert before.keys() == again.keys() and all(np.array_equal(before[key], again[key]) for key in before)
+    after = run.model.cpu.state_dict()
+    assert list(after) == list(state) and all(torch.equal(after[key], state[key]) for key in state)
+
+    shapes = v.expected_shapes(run)
+    for key, output in {**before, **found}.items():
+        assert v.judge_output(key, "1", output, shapes.get(key)).mark == v.PASS, (key, output.shape, shapes.get(key))
+    assert {"embedding", "logits", *found} <= shapes.keys(), "and what they are to be is known"
+
+
+def test_feature_maps_of_the_device_are_the_devices():
+    run = after_model_stage("--batch-sizes", "1")
+    run.maps = v.find_feature_maps(run)
+    before = v.forward_outputs(run.model.device, run.images, run.maps)
+    run.model.device.blocks[-1].mlp.fc2.weight.data *= 1.1
+    after = v.forward_outputs(run.model.device, run.images, run.maps)
+    assert [np.array_equal(before[f"feature map {i}"], after[f"feature map {i}"]) for i in (1, 2, 3)] == [
+        True,
+        True,
+        False,
+    ]
+    assert all(
+        np.array_equal(before[key], x) for key, x in v.forward_outputs(run.model.cpu, run.images, run.maps).items()
+    )
+
+
+def test_a_model_without_feature_maps_has_none_and_its_other_outputs_are_judged():
+    run = after_model_stage("--model", "test_tiny_vit", "--batch-sizes", "1")
+    assert v.find_feature_maps(run) is None
+    names = {entry.name for entry in v.outputs_stage(run) if entry.mark == v.PASS}
+    assert names == {"embedding", "logits", "tokens", "repeat"}
+
+
+@pytest.mark.parametrize(
+    ("name", "outputs"),
+    [
+        ("test_vit", {"embedding": (2, 64), "logits": (2, 1000), "tokens": (2, 101, 64)}),
+        ("resnet18", {"embedding": (2, 512), "logits": (2, 1000), "unpooled": (2, 512, 7, 7)}),
+        ("test_dinov3", {"embedding": (2, 96), "tokens": (2, 261, 96)}),  # has no classifier
+        (
+            "crossvit_9_240",  # two branches, of which the logits are the mean
+            {"embedding": (2, 384), "logits": (2, 1000), "unpooled 1": (2, 401, 128), "unpooled 2": (2, 197, 256)},
+        ),
+    ],
+)
+def test_the_outputs_are_those_of_the_models_own_forward_pass(name, outputs):
+    model = timm.create_model(name).eval()
+    v.draw_weights(model, 0)
+    images = v.draw_images(2, timm.data.resolve_model_data_config(model)["input_size"], 0)
+    found = v.forward_outputs(model, images)
+    assert {key: output.shape for key, output in found.items()} == outputs
+    with torch.inference_mode():
+        assert np.array_equal(found.get("logits", found["embedding"]), model(images).numpy())
+
+
+def test_the_copy_on_the_device_has_the_models_weights_and_is_another_one():
+    run = after_model_stage()
+    on_device = copy.deepcopy(run.model.device).to(CPU)
+    assert v.sha256(run.model.cpu.state_dict()) == v.sha256(on_device.state_dict())
+    ours, theirs = ({p.data_ptr() for p in model.parameters()} for model in run.model)
+    assert not ours & theirs
+
+
+FAMILIES = ["test_vit", "test_dinov3", "resnet18", "test_efficientnet", "test_nfnet", "ghostnet_050", "repvit_m0_9",
+            "fastvit_t8", "starnet_s050", "efficientvit_m0", "inception_next_atto", "halonet_h1"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_activations_are_of_order_1_through_the_whole_depth(name):
+    """So float16 does not overflow, and the CPU's own fp32 is far better than what is judged."""
+    model, sizes = timm.create_model(name).eval(), {}
+    v.draw_weights(model, seed=0)
+    for key, module in model.named_modules():
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
+            module.register_forward_hook(
+                lambda m, i, output, key=key: sizes.update({key: float(output.square().mean().sqrt())})
+            )
+    embedding = v.forward_outputs(model, v.draw_images(2, timm.data.resolve_model_data_config(model)["input_size"], 5))
+    assert 0.1 < np.sqrt(np.mean(embedding["embedding"] ** 2)) < 10
+    assert 0.05 < min(sizes.values()) and max(sizes.values()) < 20, sizes
+
+
+def test_random_weights_do_not_depend_on_the_number_of_threads():
+    sums, before = set(), torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        model = timm.create_model("test_efficientnet").eval()
+        v.draw_weights(model, seed=0)
+        sums.add(v.sha256(model.state_dict()))
+    torch.set_num_threads(before)
+    assert len(sums) == 1
