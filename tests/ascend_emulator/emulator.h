@@ -24,6 +24,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "acl/acl.h"
@@ -31,24 +32,29 @@
 
 namespace emulator {
 
+// A static object that is never destroyed, because worker threads outlive main().
+template <class T, class... Arguments> T& immortal(Arguments&&... arguments) {
+  return *new T(std::forward<Arguments>(arguments)...);
+}
+
 // ---- knobs.cpp ------------------------------------------------------------------------------------------------------
 
-// When something set by a knob happens: on the calls that it counts, from one of them on, on one device or on any.
+// When something set by a knob happens: on which of the calls that it counts, on one device or on any.
 struct Trigger {
-  int64_t from = 1, device = -1;
+  int64_t from = 1, every = 1, device = -1;
   bool once = false;
   std::shared_ptr<std::atomic<int64_t>> calls = std::make_shared<std::atomic<int64_t>>(0);
-  bool strikes(int64_t on_device) const {
+  bool count_and_strike(int64_t on_device) const {
     if (device >= 0 && device != on_device) return false;
     int64_t call = ++*calls;
-    return once ? call == from : call >= from;
+    return call == from || (!once && call > from && (call - from) % every == 0);
   }
 };
 
 struct Code {  // an error code that a call is to return
   aclError code = ACL_SUCCESS;
   Trigger when;
-  aclError on(int64_t device) const { return code && when.strikes(device) ? code : ACL_SUCCESS; }
+  aclError on(int64_t device) const { return code && when.count_and_strike(device) ? code : ACL_SUCCESS; }
 };
 
 struct Fault {
@@ -65,8 +71,10 @@ struct Duration {
 
 struct Knobs {
   int64_t devices = 1, memory = int64_t(32) << 30;
-  std::string soc = "Ascend910B4", trace;
-  bool plain_name = false, hf32 = true;
+  std::string soc = "Ascend910B4", trace, gelu = "tanh", hf32_rounding = "nearest", hf32_only;
+  bool hf32 = true, hf32_matmul = false;
+  int hf32_bits = 11;
+  double perturb = 0;
   std::vector<Fault> faults;
   std::map<std::string, Duration> kernel_time;
   Code synchronize_error, init_error, set_device_error;

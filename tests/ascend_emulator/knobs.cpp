@@ -53,6 +53,15 @@ class Reader {  // of one knob: every part of its value must be what it should b
 
   bool flag(const std::string& text) const { return integer(text, 0, 1); }
 
+  std::string choice(const std::string& text, const std::vector<std::string>& from) const {
+    std::string all;
+    for (const std::string& one : from) {
+      if (text == one) return text;
+      all += (all.empty() ? "" : ", ") + one;
+    }
+    refuse_knob(knob, "'" + text + "' is not one of " + all);
+  }
+
   int64_t bytes(std::string text) const {
     int shift = text.empty() ? 0 : text.back() == 'G' ? 30 : text.back() == 'M' ? 20 : 0;
     if (!shift) refuse_knob(knob, "a size in M or G is expected, such as 512M or 32G");
@@ -60,16 +69,19 @@ class Reader {  // of one knob: every part of its value must be what it should b
     return integer(text, 1, 1 << 20) << shift;
   }
 
-  // ",from=N,once,device=I": what may follow an error code or the kind of a fault
+  // ",from=N,every=N,once,device=I": what may follow an error code or the kind of a fault
   Trigger trigger(const std::vector<std::string>& parts, bool counts) const {
     Trigger when;
+    std::optional<int64_t> from;
     for (size_t i = 1; i < parts.size(); ++i) {
       const std::string& part = parts[i];
-      if (counts && part.rfind("from=", 0) == 0) when.from = integer(part.substr(5), 1);
+      if (counts && part.rfind("from=", 0) == 0) from = integer(part.substr(5), 1);
+      else if (counts && part.rfind("every=", 0) == 0) when.every = integer(part.substr(6), 1);
       else if (counts && part == "once") when.once = true;
       else if (part.rfind("device=", 0) == 0) when.device = integer(part.substr(7));
       else refuse_knob(knob, "'" + part + "' is not understood here");
     }
+    when.from = from.value_or(when.every);  // every=N alone means the calls N, 2 N, 3 N ...
     return when;
   }
 
@@ -136,7 +148,12 @@ Knobs read() {
     else if (name == "SOC") k.soc = value;
     else if (name == "MEMORY") k.memory = reader.bytes(value);
     else if (name == "HF32") k.hf32 = reader.flag(value);
-    else if (name == "PLAIN_NAME") k.plain_name = reader.flag(value);
+    else if (name == "HF32_BITS") k.hf32_bits = std::stoi(reader.choice(value, {"11", "10"}));
+    else if (name == "HF32_ROUNDING") k.hf32_rounding = reader.choice(value, {"nearest", "truncate"});
+    else if (name == "HF32_ONLY") k.hf32_only = reader.choice(value, {"depthwise", "pointwise", "dense"});
+    else if (name == "HF32_MATMUL") k.hf32_matmul = reader.flag(value);
+    else if (name == "GELU") k.gelu = reader.choice(value, {"tanh", "erf", "ibert"});
+    else if (name == "PERTURB") k.perturb = reader.number(value, 0);
     else if (name == "FAULT") for (auto& fault : split(value, ';')) k.faults.push_back(reader.fault(fault));
     else if (name == "KERNEL_TIME") for (auto& time : split(value, ';')) k.kernel_time.insert(reader.kernel_time(time));
     else if (name == "SYNCHRONIZE_ERROR") k.synchronize_error = reader.code(value, true);
@@ -153,7 +170,7 @@ Knobs read() {
 }  // namespace
 
 const Knobs& knobs() {
-  static const Knobs& read_once = *new Knobs(read());  // never destroyed: worker threads outlive main()
+  static const Knobs& read_once = immortal<Knobs>(read());
   return read_once;
 }
 

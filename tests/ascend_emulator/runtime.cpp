@@ -1,6 +1,5 @@
 // libascendcl.so: the runtime of CANN as far as torch_npu uses it. Devices are a share of the host's memory, a stream
 // is a thread that does one thing after the other, an event is a mark that the stream reaches.
-#include <dlfcn.h>
 #include <fcntl.h>
 #include <sys/prctl.h>
 #include <unistd.h>
@@ -76,7 +75,9 @@ struct Device {
 
   void failed(aclError code, const std::string& what) {
     Lock lock(mutex);
-    if (!error) error = code, message = what;
+    if (error) return;
+    error = code;
+    message = what;
   }
   aclError state() {  // also hands the message over to the caller's thread
     Lock lock(mutex);
@@ -84,8 +85,8 @@ struct Device {
   }
 };
 
-Device& device(int64_t index) {  // never destroyed: worker threads outlive main()
-  static auto& all = *new std::array<Device, 64>;
+Device& device(int64_t index) {
+  static auto& all = immortal<std::array<Device, 64>>();
   return all.at(index);
 }
 
@@ -153,7 +154,7 @@ thread_local std::string recent_message;
 thread_local aclmdlRICaptureMode thread_mode = ACL_MODEL_RI_CAPTURE_MODE_GLOBAL;
 
 std::mutex graphs_mutex;
-auto& graphs = *new std::map<aclmdlRI, std::shared_ptr<Graph>>;
+auto& graphs = immortal<std::map<aclmdlRI, std::shared_ptr<Graph>>>();
 
 Stream* stream_of(aclrtStream handle) {
   if (handle) return static_cast<Stream*>(handle);
@@ -218,7 +219,7 @@ struct Block {
   size_t size;
 };
 std::mutex blocks_mutex;
-auto& blocks = *new std::map<void*, Block>;
+auto& blocks = immortal<std::map<void*, Block>>();
 
 aclError allocate(void** pointer, size_t size, int device_index) {
   if (!pointer || !size) return fail(ACL_ERROR_RT_PARAM_INVALID, "no pointer, or a size of 0");
@@ -263,7 +264,7 @@ bool is_known(const void* pointer) {  // allocated here, on a device or as locke
 // ---- ASCEND_EMULATOR_TRACE -----------------------------------------------------------------------------------------
 
 std::mutex trace_mutex;
-auto& trace = *new std::map<std::string, int64_t>;
+auto& trace = immortal<std::map<std::string, int64_t>>();
 
 __attribute__((destructor)) void write_trace() {
   if (knobs().trace.empty()) return;
@@ -320,19 +321,9 @@ const char* aclGetRecentErrMsg() {  // each message is given once
   return given.c_str();
 }
 
-// torch_npu asks here both what the device can do, for which it compares the whole name, and what name to show. The
-// mark belongs to the second question only, which comes from the code around the Python bindings of torch.npu.
-const char* aclrtGetSocName() {
-  static const std::string& shown = *new std::string(knobs().soc + (knobs().plain_name ? "" : " (emulated)"));
-  auto caller = static_cast<char*>(__builtin_return_address(0));
-  Dl_info info;
-  void* library = dladdr(caller, &info) ? dlopen(info.dli_fname, RTLD_LAZY | RTLD_NOLOAD) : nullptr;
-  auto bindings = static_cast<char*>(library ? dlsym(library, "_Z22THNPModule_get_methodsv") : nullptr);
-  if (library) dlclose(library);
-  if (knobs().soc == "none") return nullptr;
-  return bindings && std::abs(caller - bindings) < 1 << 20 ? shown.c_str() : knobs().soc.c_str();
-}
+const char* aclrtGetSocName() { return knobs().soc == "none" ? nullptr : knobs().soc.c_str(); }
 
+// These versions are how a log shows that its device is emulated; build.py has CANN's, too.
 aclError aclsysGetCANNVersion(aclCANNPackageName name, aclCANNPackageVersion* version) {
   memset(version, 0, sizeof *version);
   strcpy(version->version, name == ACL_PKG_NAME_DRIVER ? "25.5.0-emulated" : "8.5.0-emulated");
@@ -399,9 +390,15 @@ aclError aclrtDeviceCanAccessPeer(int32_t* can, int32_t, int32_t) {
 
 // Whether kernels must be deterministic, which these always are.
 static std::array<std::atomic<int64_t>, 3> options;
-aclError aclrtSetSysParamOpt(aclSysParamOpt option, int64_t value) { return options.at(option) = value, ACL_SUCCESS; }
+aclError aclrtSetSysParamOpt(aclSysParamOpt option, int64_t value) {
+  options.at(option) = value;
+  return ACL_SUCCESS;
+}
+aclError aclrtGetSysParamOpt(aclSysParamOpt option, int64_t* value) {
+  *value = options.at(option);
+  return ACL_SUCCESS;
+}
 aclError aclrtCtxSetSysParamOpt(aclSysParamOpt option, int64_t value) { return aclrtSetSysParamOpt(option, value); }
-aclError aclrtGetSysParamOpt(aclSysParamOpt option, int64_t* value) { return *value = options.at(option), ACL_SUCCESS; }
 aclError aclrtCtxGetSysParamOpt(aclSysParamOpt option, int64_t* value) { return aclrtGetSysParamOpt(option, value); }
 
 // "disable" is the switch of jit_compile: without it every operator would take the old road (aclopCompileAndExecute).
