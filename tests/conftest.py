@@ -20,8 +20,9 @@ ROOT = TESTS.parent
 SCRIPT, WITH_TEST_MODELS = ROOT / "validate_npu.py", TESTS / "with_test_models.py"
 sys.path[:0] = [str(ROOT), str(TESTS)]
 
-import validate_npu  # noqa: E402
-from ascend_emulator import environment  # noqa: E402
+from ascend_emulator import environment
+
+import validate_npu
 
 validate_npu.import_packages()
 

@@ -24,11 +24,11 @@ import validate_npu
 
 validate_npu.import_packages()
 
-import torch  # noqa: E402
-from timm.layers import PatchEmbed  # noqa: E402
-from timm.models import register_model  # noqa: E402
-from timm.models.eva import vit_small_patch16_dinov3  # noqa: E402
-from timm.models.vision_transformer import VisionTransformer, vit_small_patch14_dinov2  # noqa: E402
+import torch
+from timm.layers import PatchEmbed
+from timm.models import register_model
+from timm.models.eva import vit_small_patch16_dinov3
+from timm.models.vision_transformer import VisionTransformer, vit_small_patch14_dinov2
 
 
 @register_model

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from ascend_emulator import MARK, environment  # noqa: E402
+from ascend_emulator import MARK, environment
 
 
 def main():

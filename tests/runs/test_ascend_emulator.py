@@ -21,8 +21,8 @@ if importlib.util.find_spec("torch_npu") is None or shutil.which(os.environ.get(
     pytest.skip("torch_npu and a C++ compiler are needed", allow_module_level=True)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from ascend_emulator import MARK, environment  # noqa: E402
-from ascend_emulator.build import VERSION, installed  # noqa: E402
+from ascend_emulator import MARK, environment
+from ascend_emulator.build import VERSION, installed
 
 EMULATOR = Path(__file__).resolve().parent.parent / "ascend_emulator"
 

@@ -5,8 +5,9 @@ import pickle
 from pathlib import Path
 
 import pytest
-import validate_npu
 from conftest import OLD_LOG, REHEARSAL, start
+
+import validate_npu
 
 
 class Touch:

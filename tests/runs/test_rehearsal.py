@@ -6,8 +6,9 @@ import time
 
 import pytest
 import trained
-import validate_npu
 from conftest import REHEARSAL, ROOT, SMALL, start
+
+import validate_npu
 from validate_npu import FAIL, SKIP, WARN, Entry, Log
 
 STAGES = ["[1/5] device", "[2/5] model", "[3/5] outputs", "[4/5] precision", "[5/5] throughput"]
@@ -15,7 +16,7 @@ STAGES = ["[1/5] device", "[2/5] model", "[3/5] outputs", "[4/5] precision", "[5
 
 def test_the_stages_run_in_sequence_and_the_verdict_comes_last(rehearsal):
     assert rehearsal.status == 0, rehearsal.stdout + rehearsal.stderr
-    assert re.findall(r"^\[.*", rehearsal.text, re.M) == STAGES
+    assert re.findall(r"^\[.*", rehearsal.text, re.MULTILINE) == STAGES
     assert re.match(r"RESULT: PASS  \d+ checks: \d+ passed, 0 warned, 0 failed, 1 skipped", rehearsal.result)
     marks = list(rehearsal.log.marks.values())
     assert marks.count(SKIP) == 1 and not {FAIL, WARN} & set(marks) and not rehearsal.failures

@@ -1,31 +1,44 @@
 """Stage 5: the times are right, what limits them is told, and the search for the best batch size ends."""
 
-import dataclasses
 import os
 import re
 import statistics
 import subprocess
 import sys
 import time
-import types
 
 import pytest
-import validate_npu as v
 from ascend_emulator import environment
-from conftest import ROOT, SMALL, table
+from conftest import QUICK, REHEARSAL, ROOT, SMALL
 
-WITH_TEST_MODELS = ROOT / "tests" / "with_test_models.py"
-TINY = ("--weights", "random", "--warmup", "0", "--iters", "5")
+import validate_npu as v
+
+TINY = (*QUICK, "--iters", "5")
+CPU = v.torch.device("cpu")
 
 
 @pytest.fixture
 def emulated(run):
     def emulated(*arguments, model="test_tiny_vit", **knobs):
-        done = run(*TINY, "--model", model, *arguments, env=environment(**knobs), launcher=[WITH_TEST_MODELS])
+        done = run(*TINY, "--model", model, *arguments, **knobs)
         assert done.status == 0, done.stdout + done.stderr
         return done
 
     return emulated
+
+
+def times(done):
+    """The rows of the table of times: (mode, batch) -> cells by column."""
+    return {
+        (mode, int(batch)): cells
+        for (mode, batch), cells in done.rows("throughput").items()
+        if "p50_ms" in cells and "spread" in cells
+    }
+
+
+def small_run(*arguments):
+    options = v.parse_arguments([*REHEARSAL, *map(str, arguments)])
+    return v.Run(options, v.Report(quiet=True), v.Cards(), CPU, v.fp32_arithmetic(CPU), v.Probe(CPU, 0))
 
 
 def milliseconds(function, *arguments):
@@ -34,6 +47,7 @@ def milliseconds(function, *arguments):
     return 1000 * (time.perf_counter() - start), output
 
 
+@pytest.mark.timing
 def test_a_timed_batch_costs_nothing_beside_a_hand_written_one():
     """Ratio of the medians of batches timed in turn: the speed of a shared machine drifts by percents in a second."""
     model, images, ratios = v.torch.nn.Linear(512, 512), v.torch.randn(2048, 512), []
@@ -41,12 +55,13 @@ def test_a_timed_batch_costs_nothing_beside_a_hand_written_one():
         while len(ratios) < 6 and all(abs(ratio - 1) >= 0.01 for ratio in ratios):  # other processes disturb a round
             ours, bare = [], []
             for _ in range(600):
-                ours.append(v.time_batch(model, images, v.torch.device("cpu"))[1])
+                ours.append(v.time_batch(model, images, CPU)[1])
                 bare.append(milliseconds(model, images)[0])
             ratios.append(statistics.median(ours) / statistics.median(bare))
     assert ratios[-1] == pytest.approx(1, abs=0.01), ratios
 
 
+@pytest.mark.timing
 def test_the_loop_around_the_batches_costs_nothing():
     """The times that it reports are those that a clock inside the model sees, batch for batch."""
     model, inside = v.torch.nn.Linear(512, 512), []
@@ -59,13 +74,14 @@ def test_the_loop_around_the_batches_costs_nothing():
     with v.torch.inference_mode():
         images = v.torch.randn(2048, 512)
         reference = model(images).numpy()
-        timing = v.time_batches("float32", forward, images, v.torch.device("cpu"), 0, 60, reference)
+        timing = v.time_batches(small_run("--iters", 60), v.FLOAT32, forward, images, reference)
     assert statistics.median(timing.total_ms) / statistics.median(inside[-60:]) == pytest.approx(1, abs=0.01)
 
 
+@pytest.mark.timing
 def test_the_time_of_the_kernels_is_reported_and_not_the_time_to_launch_them(emulated):
     """The only convolution takes 400 ms and 50 ms for each image; the host has launched everything long before."""
-    rows = table(emulated("--batch-sizes", "1", "2", KERNEL_TIME="Convolution=400+50").log)
+    rows = times(emulated("--batch-sizes", "1", "2", KERNEL_TIME="Convolution=400+50"))
     for batch, device_ms in ((1, 450), (2, 500)):
         row = rows["float32", batch]
         assert float(row["p50_ms"]) == pytest.approx(device_ms, rel=0.02)
@@ -74,61 +90,60 @@ def test_the_time_of_the_kernels_is_reported_and_not_the_time_to_launch_them(emu
         assert row["limit"] == "device"
 
 
+@pytest.mark.timing
 def test_a_host_that_is_the_limit_is_named(emulated):
     """The model's Python takes 100 ms, and its kernels a few."""
-    log = emulated("--batch-sizes", "1", "4", model="test_vit_with_a_slow_host").log
-    assert {row["limit"] for row in table(log).values()} == {"host"}
-    assert re.search(r"^~ +host-bound +float32: batch 1, 4: launching takes over 80%", log, re.M)
+    done = emulated("--batch-sizes", "1", "4", model="test_vit_with_a_slow_host")
+    assert {row["limit"] for row in times(done).values()} == {"host"}
+    assert re.search(r"^~ +host-bound +float32: batch 1, 4: launching takes over 80%", done.text, re.MULTILINE)
 
 
+@pytest.mark.timing
 def test_auto_ends_where_throughput_does_and_names_the_batch_size(emulated):
     """A batch of B takes about 12 + 10 B ms: twice as many images gain 38 %, 23 %, 13 %, 7 % and 3.6 %."""
-    log = emulated("--batch-sizes", "auto", "--iters", "15", KERNEL_TIME="Convolution=9+10").log
-    rates = {batch: float(row["images/s"]) for (_, batch), row in table(log).items()}
+    done = emulated("--batch-sizes", "auto", "--iters", "15", KERNEL_TIME="Convolution=9+10")
+    rates = {batch: float(row["images/s"]) for (_, batch), row in times(done).items()}
     assert list(rates) == [2**i for i in range(len(rates))] and 16 <= max(rates) <= 64
     gains = [rates[2 * batch] / rates[batch] for batch in rates if 2 * batch in rates]
     assert gains[-1] < 1.05 <= min(gains[:-1])
     saturates = f"it saturates at batch {max(rates) // 2}"
-    assert re.search(rf"^~ +best +float32: batch \d+ with .* images/s; {saturates}$", log, re.M)
+    assert re.search(rf"^~ +best +float32: batch \d+ with .* images/s; {saturates}$", done.text, re.MULTILINE)
 
 
 def test_sizes_that_do_not_reach_the_limit_are_not_called_the_best(emulated):
-    log = emulated("--batch-sizes", "1", "2", KERNEL_TIME="Convolution=50").log
-    assert "the largest that was tried, and throughput still grows: see --batch-sizes auto" in log
+    text = " ".join(emulated("--batch-sizes", "1", "2", KERNEL_TIME="Convolution=50").text.replace("\n~", "").split())
+    assert "the largest that was tried, and throughput still grows: see --batch-sizes auto" in text
 
 
 def test_auto_ends_where_memory_does(run):
-    done = run(
-        *SMALL, "--device", "npu", "--batch-sizes", "auto", env=environment(MEMORY="40M", KERNEL_TIME="Convolution=50")
-    )
-    assert done.status == 0, done.stdout
-    assert re.search(r"^~ +float32 +\d+ out of device memory$", done.log, re.M)
-    assert " 0 warned" in done.result
+    done = run(*SMALL, "--batch-sizes", "auto", MEMORY="40M", KERNEL_TIME="Convolution=50")
+    assert done.clean, done.stdout
+    assert re.search(r"^~ +float32 +batch \d+: out of device memory$", done.text, re.MULTILINE)
 
 
+@pytest.mark.timing
 def test_a_captured_graph_takes_the_host_out_and_gives_the_same_outputs(emulated):
-    log = emulated("--batch-sizes", "2", "--graph", "--amp", "float16", model="test_vit_with_a_slow_host").log
-    rows = table(log)
-    assert list(rows) == [("float32", 2), ("float16", 2), ("float32 graph", 2), ("float16 graph", 2)]
-    for dtype in ("float32", "float16"):
-        assert float(rows[dtype, 2]["host_ms"]) > 100 and float(rows[f"{dtype} graph", 2]["host_ms"]) < 50
-        assert f"PASS  timed outputs         {dtype} graph: all as those of {dtype} without graph" in log
+    done = emulated("--batch-sizes", "2", "--graph", "--amp", "float16", model="test_vit_with_a_slow_host")
+    rows = times(done)
+    assert list(rows) == [("float32", 2), ("amp-float16", 2), ("float32+graph", 2), ("amp-float16+graph", 2)]
+    for mode in ("float32", "amp-float16"):
+        assert float(rows[mode, 2]["host_ms"]) > 100 and float(rows[f"{mode}+graph", 2]["host_ms"]) < 50
+        assert done.log.marks["[5/5] throughput", f"{mode}+graph", "against_eager"] == "PASS"
 
 
 def test_the_default_models_family_can_be_captured_although_its_rope_copies_from_the_host(emulated):
-    log = emulated("--batch-sizes", "1", "--graph", model="test_dinov3").log
-    assert list(table(log)) == [("float32", 1), ("float32 graph", 1)]
-    assert "PASS  timed outputs         float32 graph: all as those of float32 without graph" in log
+    done = emulated("--batch-sizes", "1", "--graph", model="test_dinov3")
+    assert list(times(done)) == [("float32", 1), ("float32+graph", 1)]
+    assert done.log.marks["[5/5] throughput", "float32+graph", "against_eager"] == "PASS"
 
 
 def test_what_the_device_or_the_model_does_not_support_is_a_line(run):
-    on_cpu = run(*SMALL, "--graph")
-    assert on_cpu.status == 0 and re.search("^SKIP  graph +a CPU has no graphs to capture", on_cpu.log, re.M)
-    waits = ("--model", "test_vit_that_waits", "--weights", "random", "--batch-sizes", "1", "--iters", "2", "--graph")
-    done = run(*waits, env=environment(), launcher=[WITH_TEST_MODELS])
-    assert done.status == 0, done.stdout
+    on_cpu = run(*REHEARSAL, "--graph")
+    assert on_cpu.status == 0 and on_cpu.marks("graph") == ["SKIP"]
+    done = run(*QUICK, "--batch-sizes", "1", "--model", "test_vit_that_waits", "--graph")
+    assert done.status == 0 and "SKIP" in done.marks("float32+graph"), done.stdout
     reason = "error code 107030, it copies between host and device, or waits for the device"
-    assert f"SKIP  float32 graph         the forward pass cannot be captured: {reason}" in done.log, done.log
+    assert f"the forward pass cannot be captured: {reason}" in " ".join(done.text.split())
 
 
 GRAPHS = f"""
@@ -138,6 +153,9 @@ import validate_npu as v
 v.import_packages()
 device = v.find_device('npu')
 images = v.draw_images(2, (3, 8, 8), 0)
+on_device = images.to(device)
+options = v.parse_arguments('--warmup 0 --iters 2'.split())
+run = v.Run(options, v.Report(quiet=True), v.Cards(), device, v.fp32_arithmetic(device), v.Probe(device, 0))
 """
 
 
@@ -156,12 +174,11 @@ calls = [0.0]
 def model(images):
     calls[0] = min(calls[0] + 1, 3)
     return images.flatten(1) * calls[0] + 1
-v.captured(model, images, device)
+v.captured(model, on_device, device)
 right = (images.flatten(1) * 3 + 1).numpy()
 for reference in (right, right + 1):
-    forward = v.captured(model, images, device)
-    timing = v.time_batches('float32 graph', forward, images, device, 0, 2, reference)
-    print('outcome', v.judge_timed_outputs([timing], v.same_input_limits(device))[0].outcome)
+    timing = v.time_batches(run, v.FLOAT32.as_graph(), v.captured(model, on_device, device), on_device, reference)
+    print('outcome', list(v.judge_timed_outputs(run, [timing]))[1].mark)
 """
     shown = on_npu(tmp_path, lines)
     assert re.findall("outcome (.*)", shown) == ["PASS", "FAIL"], shown
@@ -171,10 +188,10 @@ def test_a_device_that_fails_while_a_graph_is_replayed_is_no_missing_support(tmp
     """Three calls warm up, the replays follow: the fifth call is one of them."""
     lines = """
 try:
-    model = v.torch.nn.Identity()
-    model.forward = lambda images: images.flatten(1) * 3
-    reference = model(images).numpy()
-    print(v.measure_throughput(model, [2], ['float32 graph'], images, reference, device, 0, 2))
+    module = v.torch.nn.Identity()
+    module.forward = lambda images: images.flatten(1) * 3
+    run.images, run.outputs, run.model = images, module(images).numpy(), v.Twin(module, module)
+    print(v.time_size(run, v.FLOAT32.as_graph(), 2, None))
 except RuntimeError as error:
     print('raised', v.explain(error))
 """
@@ -202,7 +219,8 @@ def test_flops_are_those_of_the_matrix_products_and_convolutions(model):
     assert v.count_flops(module, size) == pytest.approx(seen, rel=0.01)
 
 
-def test_the_warm_up_goes_on_until_the_latency_is_steady():
+@pytest.mark.timing
+def test_the_warm_up_goes_on_until_the_latency_is_steady_and_0_means_none():
     """A device that idled at a low clock: 30 batches of 15 ms, then 3 ms each. The slow ones are not timed."""
     calls = []
 
@@ -212,40 +230,8 @@ def test_the_warm_up_goes_on_until_the_latency_is_steady():
         return images
 
     images = v.torch.ones(1, 3)
-    timing = v.time_batches("float32", forward, images, v.torch.device("cpu"), 0, 20, images.numpy())
+    timing = v.time_batches(small_run("--warmup", 1, "--iters", 20), v.FLOAT32, forward, images, images.numpy())
     assert timing.steady and statistics.median(timing.total_ms) < 10 < timing.first_ms
-
-
-CHIP = "Ascend910B4 (emulated)"
-MEASURED = v.Timing("float32", 4, host_ms=(9.0,) * 5, total_ms=(10.0,) * 5)  # 400 images/s
-FASTER = v.Timing("float32", 8, host_ms=(1.0,) * 5, total_ms=(10.0,) * 5)  # 800 images/s
-NO_FASTER = v.Timing("float32", 16, host_ms=(1.0,) * 5, total_ms=(19.9,) * 5)  # 804 images/s
-
-
-@pytest.mark.parametrize(
-    ("timings", "name", "text"),
-    [
-        (
-            [MEASURED, FASTER],
-            "best",
-            "batch 8 with 800.00 images/s; the largest that was tried, and throughput still grows",
-        ),
-        ([MEASURED, FASTER, NO_FASTER], "best", "batch 16 with 804.02 images/s; it saturates at batch 8"),
-        ([MEASURED], "of the peak", "1.63% of the 245.8 TFLOP/s"),
-        ([MEASURED, FASTER], "host-bound", "batch 4: launching takes over 80% of the time"),
-        ([FASTER], "host-bound", None),
-        (
-            [dataclasses.replace(MEASURED, total_ms=(8.0, 8.0, 10.0, 12.0, 12.0))],
-            "doubtful",
-            "batch 4: spread over 10%",
-        ),
-        ([dataclasses.replace(MEASURED, total_ms=(10.0, 10.0, 10.0, 10.0, 300.0))], "doubtful", None),
-        ([dataclasses.replace(MEASURED, steady=False)], "not steady", "batch 4: the warm-up ended before"),
-        ([MEASURED], "not steady", None),
-    ],
-)
-def test_the_table_is_explained(timings, name, text):
-    npu = types.SimpleNamespace(type="npu")
-    found = [entry for entry in v.explain_throughput(timings, 10**10, npu, CHIP) if entry.name == name]
-    assert all(entry.varies for entry in found), "what a clock says must not show in a diff"
-    assert [text in entry.text for entry in found] == ([True] if text else [])
+    calls.clear()
+    v.time_batches(small_run("--warmup", 0, "--iters", 20), v.FLOAT32, forward, images, images.numpy())
+    assert len(calls) == 21, "the first call, and the timed ones"

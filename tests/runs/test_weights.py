@@ -11,10 +11,11 @@ import termios
 import time
 
 import pytest
-import validate_npu as v
 from conftest import OLD_LOG, REHEARSAL, SCRIPT, start
 from hub_server import HubServer
 from safetensors.torch import save, save_file
+
+import validate_npu as v
 
 torch, timm = v.torch, v.timm
 ONE = (*REHEARSAL, "--batch-sizes", "1", "--iters", "1")

@@ -8,9 +8,10 @@ assert not_passed(v.outputs_stage(run)) == {...}
 import copy
 import functools
 
-import validate_npu as v
 import with_test_models  # noqa: F401  registers test_dinov3 and test_tiny_vit
 from conftest import REHEARSAL
+
+import validate_npu as v
 
 CPU = v.torch.device("cpu")
 v.torch.set_num_threads(1)  # two tests run side by side: with more, each waits for the other's

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+
 import validate_npu as v
 
 torch = v.torch
@@ -47,7 +48,7 @@ def test_what_has_no_more_bits_stays_as_it_is():
 
 
 def device_with(arithmetic, spoil=lambda output: output):
-    """A matrix product as a device computes it. In fp64, where the reference asks for it, it is plain."""
+    """A matrix product as a device computes it: of fp32. What the reference asks for is in fp64, and plain."""
 
     def product(a, b):
         if a.dtype == torch.float64:
@@ -118,7 +119,7 @@ def test_operands_of_every_product_are_rounded(compute, operands):
         imitated = compute(*operands)
     assert torch.allclose(imitated, compute(*map(HF32.round, operands)), atol=5e-6)
     assert not torch.allclose(imitated, compute(*operands), atol=5e-5)
-    assert seen.rounded > 0 == seen.hidden
+    assert seen.rounded > 0
 
 
 def test_a_bias_is_not_rounded():
@@ -155,7 +156,7 @@ def test_gelu_takes_the_devices_form(layer):
         assert torch.equal(layer(x), torch.nn.functional.gelu(x, approximate="tanh"))
 
 
-def test_a_reference_that_does_not_see_all_products_is_an_error():
+def test_a_reference_that_does_not_round_all_products_is_an_error():
     """Under inference_mode a dispatch mode sees layers whole, and would round nothing."""
     options = v.parse_arguments(["--model", "test_vit", "--device", "cpu", "--weights", "random", "--batch-sizes", "1"])
     device = torch.device("cpu")
@@ -165,7 +166,7 @@ def test_a_reference_that_does_not_see_all_products_is_an_error():
     plain = v.forward_outputs(run.model.cpu, run.images)
     v.reference_outputs(run, run.images, plain)
     run.model.cpu.forward_features = torch.inference_mode()(run.model.cpu.forward_features)
-    with pytest.raises(RuntimeError, match="did not see all products"):
+    with pytest.raises(RuntimeError, match="did not round all products"):
         v.reference_outputs(run, run.images, plain)
 
 
@@ -175,10 +176,10 @@ def test_a_reference_that_does_not_see_all_products_is_an_error():
 @pytest.mark.parametrize(
     ("own", "plain", "cost", "fail"),
     [
-        (1e-6, 1e-6, 0.0, 64e-6),  # nothing is rounded: a multiple of the CPU's own error
-        (3.5e-6, 3.5e-6, 1.2e-2, 224e-6),  # the trained ViT: its cost excuses nothing that the CPU does not show
-        (6.5e-4, 1e-6, 2.1e-3, 4.264e-3),  # the trained CNN: what its roundings may differ by
-        (0.0, 0.0, 0.0, 64 * 2**-24),  # no error at all would leave no room
+        (1e-6, 1e-6, 0.0, 256e-6),  # nothing is rounded: a multiple of the CPU's own error
+        (3.5e-6, 3.5e-6, 1.2e-2, 896e-6),  # the trained ViT: its cost excuses nothing that the CPU does not show
+        (6.5e-4, 1e-6, 2.1e-3, 4.456e-3),  # the trained CNN: what its roundings may differ by
+        (0.0, 0.0, 0.0, 256 * 2**-24),  # no error at all would leave no room
     ],
 )
 def test_the_limit_follows_the_model(own, plain, cost, fail):

@@ -9,10 +9,11 @@ import math
 import types
 
 import pytest
-import validate_npu as v
 from small_run import CPU, after_model_stage, alter, checks, first_call, new_run, not_passed
 from timm.models import register_model
 from timm.models.vision_transformer import VisionTransformer
+
+import validate_npu as v
 from validate_npu import FAIL, PASS, SKIP, VARIES, WARN
 
 np, torch = v.np, v.torch

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+
 import validate_npu as v
 from validate_npu import FAIL, PASS, WARN
 

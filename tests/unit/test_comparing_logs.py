@@ -4,8 +4,9 @@ import re
 import time
 
 import pytest
-import validate_npu as v
 from conftest import start
+
+import validate_npu as v
 from validate_npu import FAIL, HEADER, PASS, Log
 
 OPTIONS = v.parse_arguments([])

@@ -4,8 +4,9 @@ import copy
 import math
 
 import pytest
-import validate_npu as v
 from small_run import after_model_stage, alter, checks, not_passed
+
+import validate_npu as v
 from validate_npu import FAIL, PASS, SKIP, WARN
 
 np, torch = v.np, v.torch

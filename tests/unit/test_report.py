@@ -5,6 +5,7 @@ import random
 import resource
 
 import pytest
+
 import validate_npu as v
 from validate_npu import FACT, FAIL, HEADER, PASS, SKIP, VARIES, WARN, Entry, Log
 

@@ -3,8 +3,9 @@
 import copy
 
 import pytest
-import validate_npu as v
 from small_run import CPU, after_model_stage, new_run
+
+import validate_npu as v
 
 np, torch, timm = v.np, v.torch, v.timm
 

@@ -1,0 +1,74 @@
+"""No false alarm: healthy devices of every kind, random and trained weights, neither FAIL nor WARN.
+
+The emulated Ascend is healthy by construction. A sample of the matrix runs always, all of it with --full.
+"""
+
+import itertools
+
+import pytest
+import trained
+from conftest import QUICK
+
+import validate_npu as v
+
+PICTURES = trained.photographs()
+MODELS = {
+    "random 0": ("--model", "test_dinov3"),
+    "random 1": ("--model", "test_dinov3", "--seed", "1"),
+    "random 2": ("--model", "test_dinov3", "--seed", "2"),
+    "trained ViT": ("--model", "test_trained_vit", "--image", PICTURES["chelsea"]),
+    "trained CNN": ("--model", "efficientnet_lite0", "--image", *PICTURES.values()),
+    "24 blocks": ("--model", "test_deep_vit"),
+}
+WEIGHTS = {"trained ViT": trained.dinov2_vit_small, "trained CNN": trained.efficientnet_lite0}
+HF32 = {
+    "11 nearest": {},
+    "11 truncated": {"HF32_ROUNDING": "truncate"},
+    "10 bits": {"HF32_BITS": 10},
+    "off": {"HF32": 0},
+}
+MATRIX = list(itertools.product(MODELS, HF32, ["tanh", "erf"], [0, 1e-6]))
+SAMPLE = [
+    ("random 0", "11 truncated", "erf", 1e-6),
+    ("random 1", "off", "tanh", 1e-6),
+    ("trained ViT", "11 nearest", "tanh", 0),
+    ("trained ViT", "10 bits", "tanh", 1e-6),
+    ("trained CNN", "11 nearest", "tanh", 1e-6),
+    ("24 blocks", "10 bits", "erf", 1e-6),
+]
+CASES = [pytest.param(*case, marks=[] if case in SAMPLE else pytest.mark.full) for case in MATRIX]
+
+
+@pytest.mark.parametrize(("model", "hf32", "gelu", "perturb"), CASES)
+def test_a_healthy_device_passes_without_a_warning(run, model, hf32, gelu, perturb):
+    weights = ("--weights", WEIGHTS[model]()) if model in WEIGHTS else ()
+    amp = ("--amp", "float16", "bfloat16")
+    done = run(*QUICK, *MODELS[model], *weights, *amp, GELU=gelu, PERTURB=perturb, **HF32[hf32])
+    assert done.clean, done.stdout
+    bits = {
+        "11 nearest": "11 bits (HF32, half away)",
+        "11 truncated": "11 bits (HF32, truncated)",
+        "10 bits": "10 bits (",
+    }
+    assert bits.get(hf32, "23 bits") in done.log.facts["fp32 is computed in"]
+    assert done.log.facts["fp32 is computed in"].endswith(f"GELU: {gelu}")
+
+
+@pytest.mark.parametrize("kind", ["depthwise", "pointwise", "dense"])
+def test_a_device_that_rounds_only_in_some_convolutions_passes(run, kind):
+    done = run(*QUICK, "--model", "test_efficientnet", HF32_ONLY=kind)
+    assert done.clean, done.stdout
+    said = done.log.facts["fp32 is computed in"]
+    assert "11 bits (HF32, half away)" in said and ": 23 bits" in said
+
+
+def test_trained_weights_and_the_road_from_file_to_label():
+    """The rehearsal's own loading of weights and pictures: the network knows what is on them."""
+    model = v.load_model(
+        v.parse_arguments(["--model", "efficientnet_lite0", "--weights", str(trained.efficientnet_lite0())])
+    )
+    images = v.load_pictures(list(map(str, PICTURES.values())), v.timm.data.resolve_model_data_config(model))
+    names = v.timm.data.ImageNetInfo()
+    logits = v.forward_outputs(model, images)["logits"]
+    labels = dict(zip(PICTURES, (names.index_to_description(int(row.argmax())).split(",")[0] for row in logits)))
+    assert labels == {"chelsea": "tabby", "coffee": "espresso", "rocket": "missile"}
