@@ -88,7 +88,7 @@ def start(arguments, folder, env=None, launcher=()):
 
 @pytest.fixture(scope="session")
 def fork():
-    """fork(arguments, folder, env): a run in a process forked from one that has imported torch and timm.
+    """fork(arguments, folder, env, script): a run in a process forked from one that has imported torch and timm.
 
     torch_npu is imported in each run, because it reads the emulator's knobs then. with_test_models' models are there.
     """
@@ -99,8 +99,8 @@ def fork():
             patch.setenv(name, value)
         multiprocessing.forkserver.ensure_running()
 
-    def fork(arguments, folder, env=None):
-        process = context.Process(target=in_fork, args=(list(map(str, arguments)), str(folder), env or {}))
+    def fork(arguments, folder, env=None, script=SCRIPT):
+        process = context.Process(target=in_fork, args=(script, list(map(str, arguments)), str(folder), env or {}))
         process.start()
         process.join(180)
         process.kill()
@@ -112,17 +112,17 @@ def fork():
     return fork
 
 
-def in_fork(arguments, folder, env):
+def in_fork(script, arguments, folder, env):
     os.chdir(folder)
     os.environ.update(env)
     for number, name in enumerate(("stdout", "stderr"), 1):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    sys.argv = [str(SCRIPT), *arguments]
+    sys.argv = [str(script), *arguments]
     import with_test_models
 
     with_test_models.allow_hf32()
     try:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
+        runpy.run_path(str(script), run_name="__main__")
     except SystemExit as end:  # the script's own; torch_npu's threads after a failed launch can keep a fork from ending
         sys.stdout.flush()
         os._exit(end.code or 0)
@@ -144,13 +144,13 @@ def shared(fork, tmp_path_factory):
     base = tmp_path_factory.getbasetemp()
     base = base.parent / "shared" if "PYTEST_XDIST_WORKER" in os.environ else base / "shared"
 
-    def shared(name, arguments, env=None):
+    def shared(name, arguments, env=None, script=SCRIPT):
         folder = base / name
         folder.mkdir(parents=True, exist_ok=True)
         with open(base / f"{name}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not (folder / "status").exists():
-                (folder / "status").write_text(str(fork(arguments, folder, env).status))
+                (folder / "status").write_text(str(fork(arguments, folder, env, script).status))
         streams = ((folder / stream).read_text("utf-8") for stream in ("stdout", "stderr"))
         return Run(folder, int((folder / "status").read_text()), *streams)
 

@@ -1,0 +1,37 @@
+"""What other scripts would say about the NPU: `card met` or `card not met`, and the same for `same`, on stdout.
+
+card   max abs error < 1e-2 against the CPU, as in the log of a published adaptation of the default model
+same   torch._dynamo.utils.same with an fp64 reference, and the tolerance of PyTorch's own benchmarks of timm models
+
+The model and the images are those of stage 4: `other_checks.py --model NAME --weights random`.
+"""
+
+import copy
+import sys
+from pathlib import Path
+
+sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])
+
+import with_test_models  # noqa: F401
+
+import validate_npu as v
+
+v.import_packages()
+options = v.parse_arguments(None)
+device = v.find_device(options.device)
+
+import torch
+from torch._dynamo.utils import same
+
+model = v.load_model(options)
+images = v.draw_images(v.PRECISION_IMAGES, v.timm.data.resolve_model_data_config(model)["input_size"], options.seed)
+with torch.no_grad():
+    exact = copy.deepcopy(model).double()(images.double())
+    right = model(images)
+    found = model.to(device)(images.to(device)).cpu()
+met = {
+    "card": bool((found - right).abs().max() < v.CARD_MAX_ABS),
+    "same": same(right, found, fp64_ref=exact, tol=1e-3, log_error=lambda *_: None),
+}
+for name, outcome in met.items():
+    print(name, "met" if outcome else "not met")
