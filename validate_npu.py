@@ -33,6 +33,7 @@ import copy
 import dataclasses
 import difflib
 import functools
+import glob
 import hashlib
 import importlib.metadata
 import itertools
@@ -155,12 +156,20 @@ MIB, GIB = 2**20, 2**30
 
 OUT_OF_MEMORY = "out of device memory"
 FREE_MEMORY = "use smaller --batch-sizes, or free the card (npu-smi info shows who uses it)"
-DEVICE_LOG = "the device's own log is in ~/ascend/log"
+# Where CANN writes its log, the first that is set.
+LOG_FOLDER = os.environ.get("ASCEND_PROCESS_LOG_PATH") or os.path.join(
+    os.environ.get("ASCEND_WORK_PATH") or os.path.join("~", "ascend"), "log"
+)
+DEVICE_LOG = f"the device's own log is in {LOG_FOLDER}"
 
 # --- The run ----------------------------------------------------------------------------------------------------------
 
 class CannotRun(Exception):
     """The run cannot be done. The message is one line that says what is wrong and what to do. Exit status 2."""
+
+
+class DeviceLost(Exception):
+    """The device does not compute any more; the message says since when."""
 
 
 class Twin(NamedTuple):
@@ -189,6 +198,7 @@ class Run:
     embedding_error: float | None = None  # of its worst row, in fp32
     amp_limits: dict[tuple[str, str], Limit] = dataclasses.field(default_factory=dict)  # by type and output
     timings: list[Timing] = dataclasses.field(default_factory=list)
+    lost: bool = False  # the device does not compute any more
 
     def __post_init__(self) -> None:
         self.auto = self.options.batch_sizes == ["auto"]
@@ -204,6 +214,14 @@ class Run:
         if self.pictures is not None:
             yield "pictures", self.pictures
 
+    def stage(self, title: str, entries: Iterable[Entry]) -> bool:
+        """Do a stage. Nothing is judged on a device that an error has made unusable: a SKIP says so in its place."""
+        if self.lost:
+            entries = [Entry(SKIP, stage_name(title), "", "the device cannot be used any more after the error above")]
+        done = self.report.stage(title, entries)
+        self.lost = self.lost or not done and not still_computes(self.device)
+        return done
+
 
 def validate(run: Run, baseline: Log | None) -> int:
     """The five stages in sequence, then the log. Returns the exit status. Raises CannotRun and CardsLost."""
@@ -211,19 +229,19 @@ def validate(run: Run, baseline: Log | None) -> int:
     head(run)
     torch.use_deterministic_algorithms(True, warn_only=True)  # stages 1 to 4 judge numbers, which are to repeat
     torch.utils.deterministic.fill_uninitialized_memory = False
-    report.stage("[1/5] device", device_stage(run))
-    works = cards.gather("model runs", report.stage("[2/5] model", model_stage(run)))
+    run.stage("[1/5] device", device_stage(run))
+    works = cards.gather("model runs", run.stage("[2/5] model", model_stage(run)) and not run.lost)
     if broken := [f"card {rank}" for rank, runs in enumerate(works) if not runs]:
         where = ", ".join(broken) if cards.size > 1 else run.device
         report.add(Entry(SKIP, stage, "", f"the model does not run on {where}") for stage in STAGES[2:])
         advice = "run it alone for its whole log"
         report.add(Entry(FAIL, name, "", "the model does not run on it", advice) for name in broken if cards.size > 1)
         return report.finish()
-    report.stage("[3/5] outputs", outputs_stage(run))
-    report.stage("[4/5] precision", precision_stage(run))
+    run.stage("[3/5] outputs", outputs_stage(run))
+    run.stage("[4/5] precision", precision_stage(run))
     torch.use_deterministic_algorithms(False)  # stage 5 times what users run
     for _ in cards.turns():
-        report.stage("[5/5] throughput", throughput_stage(run))
+        run.stage("[5/5] throughput", throughput_stage(run))
     if cards.size > 1:
         report.stage("[all cards]", cards_stage(run))
     if baseline:
@@ -511,15 +529,18 @@ def outputs_stage(run: Run) -> Iterator[Entry]:
     shapes = expected_shapes(run)
     yield OUTPUTS.header("output")
     for batch, images in run.batches():
-        singles = alone[id(run.pictures if images is run.pictures else run.images)]
+        singles, outputs = alone[id(run.pictures if images is run.pictures else run.images)], None
         try:
             inputs = images.to(run.device)
             outputs = forward_outputs(run.model.device, inputs, run.maps)
             with torch.inference_mode():
                 again = to_host(run.model.device(inputs))
-        except torch.OutOfMemoryError:
-            torch.get_device_module(run.device.type).empty_cache()
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
             yield Entry(WARN, f"batch {batch}", "", OUT_OF_MEMORY, FREE_MEMORY)
+        if outputs is None:
+            require_working(run.device, f"it ran out of memory with batch {batch}")
             continue
         for name, output in outputs.items():
             yield judge_output(name, batch, output, shapes.get(name))
@@ -1178,14 +1199,18 @@ def time_all(run: Run, sizes: list[int] | None) -> Iterator[Timing]:
         for size in sizes or (2**i for i in range(MAX_AUTO_BATCH.bit_length())):
             try:
                 timing = time_size(run, mode, size, eager.get((mode.amp, size)))
-            except torch.OutOfMemoryError:
-                timing = Timing(mode, size, problem=OUT_OF_MEMORY)
             except CannotCapture as problem:
-                yield Timing(mode, size, problem=str(problem))
-                break
+                timing = Timing(mode, size, problem=str(problem))
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                timing = Timing(mode, size, problem=OUT_OF_MEMORY)
             eager.setdefault((mode.amp, size), timing.output)
             yield timing
-            if not sizes and (timing.problem or previous and timing.saturates(previous)):
+            if timing.problem:
+                require_working(run.device, f"{mode.name}, batch {size}: {timing.problem}")
+            cannot = timing.problem not in ("", OUT_OF_MEMORY)
+            if cannot or not sizes and (timing.problem or previous and timing.saturates(previous)):
                 break
             previous = timing
     synchronize(run.device)  # a fault that is first seen when python exits would come after the verdict
@@ -1226,20 +1251,20 @@ def captured(forward: Callable, images: torch.Tensor, device: torch.device) -> C
     The graph is captured with zeros as input. So a right output proves that the replay ran. Raises CannotCapture.
     """
     module = torch.get_device_module(device.type)
-    static, side = torch.zeros_like(images), module.Stream()
-    side.wait_stream(module.current_stream())
+    static, side, current = torch.zeros_like(images), module.Stream(), module.current_stream()
+    side.wait_stream(current)
     with module.stream(side):
         for _ in range(3):
             forward(static)
-    module.current_stream().wait_stream(side)
+    current.wait_stream(side)
     try:
         graph = (module.NPUGraph if device.type == "npu" else module.CUDAGraph)()
         with module.graph(graph):
             output = forward(static)
-    except torch.OutOfMemoryError:
-        raise
     except (RuntimeError, AttributeError) as error:
-        synchronize(device)  # raises where it was not the capture that failed, but the device
+        module.set_stream(current)  # torch_npu leaves the one of the capture
+        if out_of_memory(error):
+            raise
         cause = error.__context__ or error  # that the capture is invalid says less than what made it so
         raise CannotCapture(f"the forward pass cannot be captured: {explain(cause)}") from error
 
@@ -1468,7 +1493,11 @@ def cards_stage(run: Run) -> Iterator[Entry]:
     """All cards at work at once; then a line for each card, whether they agree, and what they cost each other."""
     most = max((timing.batch for timing in run.timings if timing.total_ms), default=1)
     run.cards.gather("ready")
-    together = list(time_all(run, [most]))
+    together = []
+    try:
+        together += () if run.lost else time_all(run, [most])
+    except Exception as error:  # the other cards wait for this one's figures
+        yield Entry(FAIL, "all at once", "", explain(error), DEVICE_LOG)
     yield from (judge_timing(timing, run) for timing in together if timing.problem == OUT_OF_MEMORY)
     yield from judge_timed_outputs(run, together)
     alone, together = (
@@ -1733,7 +1762,7 @@ def compare_speed(old: dict[str, float], new: dict[str, float], max_slowdown: fl
 def said(key: Key) -> str:
     """("[4/5] precision", "embedding", "float32") -> "embedding float32 of precision"."""
     stage, name, cell = key
-    return f"{name} {cell}".strip() + f" of {stage.split('] ')[-1].strip('[]')}"
+    return f"{name} {cell}".strip() + f" of {stage_name(stage)}"
 
 
 # --- What is known of Ascend ------------------------------------------------------------------------------------------
@@ -1748,31 +1777,61 @@ ENVIRONMENT = (
     "TORCH_NPU_USE_COMPATIBLE_IMPL", "PYTORCH_NPU_ALLOC_CONF", "HCCL_DETERMINISTIC", "ASCEND_RT_VISIBLE_DEVICES",
     "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TIMM_FUSED_ATTN",
 )  # fmt: skip
-# ACL error codes that torch_npu reports, with what to do (CANN, aclError).
-ACL_ERRORS = {
+# Error codes that torch_npu reports, with what to do: of ACL (CANN, rt_error_codes.h), and from 161001 on of aclnn.
+MEMORY_BROKEN = "the card's memory is broken: take it out of use"
+SEE_LOG = f"see {LOG_FOLDER} for the operator"
+RESET = "check npu-smi info, then reset the card"
+KERNELS_MISSING = "CANN's kernel package for this chip is not installed, or ASCEND_OPP_PATH is not set"
+ERROR_CODES = {
     107001: "the device id is not valid: check --device and ASCEND_RT_VISIBLE_DEVICES",
-    107002: "the device's context is empty: check the driver with npu-smi info",
+    107002: "no device was set in this thread, which is the program's fault",
     107030: "it copies between host and device, or waits for the device",
-    207001: f"{OUT_OF_MEMORY}: {FREE_MEMORY}",
+    107041: "a call that waits for the device cannot be captured",
+    **dict.fromkeys((207001, 207018), f"{OUT_OF_MEMORY}: {FREE_MEMORY}"),
+    **dict.fromkeys((500001, 500002), "CANN's compiler failed: its Python packages (decorator, attrs, psutil, scipy,"
+                    " cloudpickle, numpy below 2) must be installed here"),
     507008: "the SoC could not be read: is the card taken by another container? check npu-smi info",
-    507014: "an AI Core timed out: see ~/ascend/log",
-    507015: "an AI Core failed: see ~/ascend/log for the operator",
-    507033: "the device does not start: check npu-smi info, then reset the card",
-    507035: "a vector core failed: see ~/ascend/log for the operator",
+    507010: f"the card does not answer any more: {RESET}",
+    507014: f"an AI Core timed out: {SEE_LOG}",
+    507015: f"an AI Core failed: {SEE_LOG}",
+    **dict.fromkeys((507017, 507018), f"an AI CPU timed out or failed: {SEE_LOG}"),
+    507033: f"the device does not start: {RESET}",
+    507034: f"a vector core timed out: {SEE_LOG}",
+    507035: f"a vector core failed: {SEE_LOG}",
+    **dict.fromkeys((507053, 507054, 507055), f"uncorrectable memory error: {MEMORY_BROKEN}"),
+    **dict.fromkeys((507056, 507057), "the link to another card's memory failed: check the cards with npu-smi info"),
     507899: "the driver failed: check the driver with npu-smi info, and dmesg",
-}
+    507901: f"the connection to the card broke: {RESET}",
+    **dict.fromkeys((161001, 161002), "the operator does not take these arguments: a type that this chip lacks?"),
+    **dict.fromkeys((561003, 561107, 561112), KERNELS_MISSING),
+}  # fmt: skip
+# CANN's own reason in torch_npu's message. "EZ9999: Inner Error!" says nothing, the line below it does.
+CANN_SAYS = r"HBM MULTI BIT ECC ERROR|\bE[A-Z]\d{4}: (?!Inner Error).+"
+SET_ENV = "source /usr/local/Ascend/cann/set_env.sh (before CANN 8.5: /usr/local/Ascend/ascend-toolkit/set_env.sh)"
 # What the error of `import torch_npu` says, as a pattern, and what it means. {0[1]} is the pattern's group.
 IMPORT_ERRORS = {
-    "No module named 'torch_npu'": "torch_npu is not installed: pip install torch-npu=={version}, which matches torch",
+    "No module named 'torch_npu'": "torch_npu is not installed: {install}",
+    r"No module named 'torch_npu\.": "this torch_npu is broken, or made for another Python: pip install"
+    " --force-reinstall --no-deps torch-npu=={npu}",
+    r"No module named '(tbe|te|acl)\b": "{0[1]} is a part of CANN: " + SET_ENV,
+    "No module named 'yaml'": "torch_npu needs yaml: pip install pyyaml",
     r"No module named '([\w.]+)'": "torch_npu needs {0[1]}: pip install {0[1]}",
     r"libascend_hal\.so": "the Ascend driver is missing (libascend_hal.so): install it, or mount"
     " /usr/local/Ascend/driver into the container",
     r"(lib\w+\.so)[\w.]*: cannot open shared object": "CANN is not installed, or its environment is not set ({0[1]} not"
-    " found): source /usr/local/Ascend/ascend-toolkit/set_env.sh",
-    "Two accelerators": "this torch is built for another accelerator: install the CPU build of torch next to torch_npu",
+    " found): " + SET_ENV,
+    r"(/\S+)[^/]*cannot allocate memory in static TLS": "its libgomp must be loaded first: export LD_PRELOAD={0[1]}",
+    "ASCEND_HOME_PATH|ASCEND_OPP_PATH|CANN|set_env": "CANN's environment is not set, or of another place ({error}): "
+    + SET_ENV,
+    "Two accelerators|compiled with CUDA": "this torch is built for another accelerator, and torch_npu needs the CPU"
+    " build: {install}",
     "": "torch_npu {npu} does not import next to torch {version}; they must be the same version, and match CANN"
-    " ({error})",
-}
+    " ({error}): {install}",
+}  # fmt: skip
+# CANN -> the newest pair of torch and torch_npu for it (COMPATIBILITY.md of Ascend/pytorch).
+PAIRS = {"8.5": ("2.9.0", "2.9.0"), "9.0": ("2.10.0", "2.10.0"), "9.1": ("2.12.0", "2.12.0")}
+CPU_BUILDS = "https://download.pytorch.org/whl/cpu"
+ASCEND = "/usr/local/Ascend"
 # Bits of mantissa that fp32 should keep, by what it is documented to be computed in.
 BITS = {"float32": 23, "HF32": 10, "TF32": 10, "float16": 10}
 DOCUMENTED_AS = {"attention": "matmul"}
@@ -1822,21 +1881,82 @@ def find_device(name: str) -> torch.device:
 
 def find_npu() -> None:
     """Import torch_npu, which registers "npu" with torch. Raises CannotRun with the cause of a failure."""
+    version = torch.__version__.split("+")[0]
+    npu = next((found.version for found in importlib.metadata.distributions(name="torch-npu")), "")
     try:
+        # Next to a CUDA build torch_npu raises this itself up to 2.13. From 2.14 on it aborts the process instead.
+        if npu and torch.version.cuda and tuple(map(int, version.split(".")[:2])) >= (2, 14):
+            raise RuntimeError("Two accelerators")
         import torch_npu  # noqa: F401
-    except (ImportError, OSError, RuntimeError) as error:
+    except Exception as error:  # its check of CANN's environment raises a plain one, a broken file a SyntaxError
         found = ((re.search(pattern, str(error)), cause) for pattern, cause in IMPORT_ERRORS.items())
         match, cause = next((match, cause) for match, cause in found if match)
-        version = torch.__version__.split("+")[0]
-        npu = next((found.version for found in importlib.metadata.distributions(name="torch-npu")), "")
-        cause = cause.format(match, version=version, npu=npu, error=first_line(error))
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        cause = cause.format(match, version=version, npu=npu, error=reason, install=install_command())
         raise CannotRun(cause + REHEARSE) from error
+
+
+def install_command() -> str:
+    """The line that installs torch's CPU build and what belongs to the CANN of this host."""
+    cann = cann_version()
+    torch_version, npu = PAIRS.get(".".join(cann.split(".")[:2]), ("", ""))
+    pair = f"torch=={torch_version} torch-npu=={npu} " if npu else ""
+    note = "" if npu else f" (README says which torch and torch_npu belong to CANN {cann})" if cann else ""
+    return f"pip install {pair}-r requirements.txt --extra-index-url {CPU_BUILDS}{note}"
+
+
+def cann_version() -> str:
+    """CANN's version by its files, "" where there is none."""
+    homes = os.environ.get("ASCEND_HOME_PATH"), f"{ASCEND}/cann", f"{ASCEND}/ascend-toolkit/latest"
+    places = "share/info/runtime/version.info", "*-linux/ascend_toolkit_install.info", "ascend_toolkit_install.info"
+    return version_in(*(f"{home}/{place}" for home in homes if home for place in places))
+
+
+def version_in(*patterns: str) -> str:
+    """The version that the first of the files says that match the patterns, "" where there is none."""
+    for path in (path for pattern in patterns for path in sorted(glob.glob(pattern))):
+        with contextlib.suppress(OSError, UnicodeDecodeError), open(path, encoding="utf-8") as file:
+            if match := re.search(r"^version\s*=\s*\[?([\w.+-]+)", file.read(), re.MULTILINE | re.IGNORECASE):
+                return match[1]
+    return ""
 
 
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done everything that was launched. Nothing to wait for on the CPU."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+def still_computes(device: torch.device) -> bool:
+    """Whether the device computes. After a failed launch torch_npu drops every later operator without a word.
+
+    The operands are new each time, because the result of an earlier product may lie in the memory that comes back.
+    """
+    if device.type == "cpu":
+        return True
+    operands = torch.randn(2, 64, 64)
+    try:
+        result = torch.full((64, 64), math.nan, device=device)
+        torch.matmul(*operands.to(device), out=result)
+        synchronize(device)
+        return compare(to_host(result), to_host(torch.matmul(*operands.double()))).row < OPERATOR["float16"]
+    except RuntimeError:
+        return False
+
+
+def require_working(device: torch.device, event: str) -> None:
+    """Go on after an error that is no verdict. Raises DeviceLost where the device does not compute any more."""
+    if device.type != "cpu":
+        with contextlib.suppress(RuntimeError):
+            torch.get_device_module(device.type).empty_cache()
+        if not still_computes(device):
+            raise DeviceLost(f"the device does not compute any more after this: {event}")
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Of the device; torch_npu 2.9.0 has no exception of its own for it, and an error of its queue is a plain one."""
+    codes = "out of memory|EL0004|207001|207018"
+    return isinstance(error, torch.OutOfMemoryError) or bool(re.search(codes, str(error)))
 
 
 def chip_name(device: torch.device) -> str:
@@ -1908,19 +2028,24 @@ def cpu_fallback(device: torch.device) -> Entry:
 
 
 def explain(error: BaseException) -> str:
-    """One line for an exception: torch_npu's error code, operator and what to do where it has them, else its own."""
+    """One line for an exception: its operator, error code, what to do and CANN's reason where it has them."""
     text = str(error)
+    if isinstance(error, DeviceLost):
+        return text
+    if fallback := re.search(r"The operator '([\w:.]+)' would execute its main computation on CPU", text):
+        return f"{fallback[1]} has no NPU kernel and would run on the CPU"
     code = re.search(r"error code(?: is|:)\s*(\d+)", text)
     operator = re.search(r"working operator name is (\w+)", text) or re.search(r"\b(aclnn\w+)", text)
-    fallback = re.search(r"The operator '([\w:.]+)' would execute its main computation on CPU", text)
-    if fallback:
-        return f"{fallback[1]} has no NPU kernel and would run on the CPU"
+    reason = re.search(CANN_SAYS, text)
+    if not operator and not code:
+        return f"{type(error).__name__}: {first_line(error)}"
     if code:
-        advice = ACL_ERRORS.get(int(code[1]), "see ~/ascend/log")
-        return f"{operator[1] + ': ' if operator else ''}error code {code[1]}, {advice}"
-    if operator:
-        return f"{operator[1]} failed on the device, see ~/ascend/log"
-    return f"{type(error).__name__}: {first_line(error)}"
+        what = f"{f'{operator[1]}: ' if operator else ''}error code {code[1]}, "
+        what += ERROR_CODES.get(int(code[1]), f"see {LOG_FOLDER}")
+    else:
+        what = f"{operator[1]} failed on the device" + ("" if reason else f", see {LOG_FOLDER}")
+    varying = r"\[PID: ?\d+\] *|\d{4}-\d\d-\d\d[-\d:. ]*"
+    return what + (f" ({re.sub(varying, '', reason[0])[:300]})" if reason else "")
 
 
 def import_packages() -> None:
@@ -1941,9 +2066,10 @@ def import_packages() -> None:
         mend_torchvision()
         import timm
     except ModuleNotFoundError as error:
-        raise CannotRun(f"{error.name} is not installed: pip install -r requirements.txt") from error
-    except (ImportError, OSError, RuntimeError) as error:
-        raise CannotRun(f"torch and timm cannot be imported: {first_line(error)}") from error
+        raise CannotRun(f"{error.name} is not installed: {install_command()}") from error
+    except Exception as error:  # a numpy that is too new is an AttributeError, a broken file a SyntaxError
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise CannotRun(f"numpy, torch and timm cannot be imported ({reason}): {install_command()}") from error
     warnings.filterwarnings("ignore")  # what matters is a check; warnings of the packages would only clutter stderr
     logging.getLogger("timm").setLevel(logging.ERROR)
 
@@ -2081,7 +2207,7 @@ class Report:
 
     def stage(self, title: str, entries: Iterator[Entry]) -> bool:
         """Do a stage. What it raises is a failed check and the answer False, so that other stages can still run."""
-        name = title.split("] ")[-1].strip("[]")
+        name = stage_name(title)
         self.begin(name)
         self.line()
         self.line(title)
@@ -2143,7 +2269,7 @@ class Report:
         """Write the log so far, and say which cards are lost. Returns the exit status."""
         self.line()
         problem = f"does not answer since stage {self.doing}: it died or hangs"
-        advice = "see that process's own messages above, the card's log in ~/ascend/log, and npu-smi info"
+        advice = f"see that process's own messages above, the card's log in {LOG_FOLDER}, and npu-smi info"
         names = [f"card {rank}" for rank in lost] or ["a card"]  # which may drop out after it has answered
         self.add(Entry(FAIL, name, "", problem, advice) for name in names)
         return self.finish()
@@ -2176,6 +2302,11 @@ def watch(report: Report, cards: Cards) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)  # the thread reads the number
     threading.Thread(target=wait, daemon=True).start()
+
+
+def stage_name(title: str) -> str:
+    """"[4/5] precision" -> "precision"."""
+    return title.split("] ")[-1].strip("[]")
 
 
 def wrap(text: str, first: str, more: str) -> list[str]:

@@ -115,6 +115,7 @@ def fork():
 def in_fork(script, arguments, folder, env):
     os.chdir(folder)
     os.environ.update(env)
+    sys.path[:0] = filter(None, env.get("PYTHONPATH", "").split(os.pathsep))
     for number, name in enumerate(("stdout", "stderr"), 1):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.argv = [str(script), *arguments]

@@ -168,6 +168,36 @@ def test_out_of_memory_at_one_batch_size_is_a_row_and_the_others_are_reported(ru
     assert any("float32: batch 64: out of device memory" in line for line in done.failures)
 
 
+LOST = "the device cannot be used any more after the error above"
+
+
+@pytest.mark.parametrize(
+    ("knobs", "stage", "skipped"),
+    [
+        ("Addmm:error=507015,from=60,once", "outputs", ["precision", "throughput"]),
+        ("LayerNorm:error=507015,from=60,once", "precision", ["throughput"]),
+        ("Convolution:error=507015,from=55,once", "throughput", []),
+        ("Addmm:async_error=507054,from=60", "outputs", ["precision", "throughput"]),
+        ("Convolution:error=507015,from=1,once", "device", ["model", "outputs", "precision", "throughput"]),
+    ],
+)
+def test_nothing_is_judged_on_a_device_that_is_lost(run, knobs, stage, skipped):
+    """After one failed launch torch_npu drops every later operator without a word: one FAIL, and a SKIP for the rest."""
+    done = run(*QUICK, "--model", "test_dinov3", "--iters", "40", FAULT=knobs)
+    failed = [key[1] for key, mark in done.log.marks.items() if mark == "FAIL"]
+    assert done.status == 1 and failed == [stage], done.stdout
+    assert "control" not in done.log.facts, "nothing was computed for it"
+    assert [key[1] for key, mark in done.log.marks.items() if mark == "SKIP"] == skipped
+    assert done.text.count(LOST) == (len(skipped) if stage != "device" else 1)
+
+
+def test_a_capture_that_fails_leaves_the_stream_and_the_other_modes_as_they_were(run):
+    arguments = ("--model", "test_vit_that_waits", "--graph", "--amp", "bfloat16")
+    done = run(*QUICK, *arguments)
+    assert done.clean, done.stdout
+    assert done.marks("float32+graph") == done.marks("amp-bfloat16+graph") == ["SKIP"]
+
+
 def test_an_operator_that_would_run_on_the_cpu_is_named(run):
     model = (*QUICK, "--model", "test_vit_with_bessel")
     done = run(*model)

@@ -95,7 +95,8 @@ def test_the_message_says_what_to_do(run, folder, arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--device", "npu"], "CANN is not installed, or its environment is not set (libhccl.so not found): source"),
+        (["--device", "npu"], "CANN is not installed, or its environment is not set (libhccl.so not found): source"
+                              " /usr/local/Ascend/cann/set_env.sh (before CANN 8.5: /usr/local/Ascend/ascend-toolkit/"),
         (["--model", "vit_small_patch16_dinov3.nonsense", "--weights", "pretrained"],
          "pretrained variants: vit_small_patch16_dinov3.lvd1689m"),
         (["--model", "test_vit", "--weights", "pretrained"], "set HF_ENDPOINT=https://hf-mirror.com"),
@@ -120,5 +121,5 @@ def test_without_torch_npu_it_says_which_version_to_install(tmp_path):
             (packages / entry.name).symlink_to(entry)
     done = start(["--device", "npu"], tmp_path, {"PYTHONPATH": str(packages)}, launcher=["-S", "-s"])
     assert done.status == 2
-    assert "torch_npu is not installed: pip install torch-npu==" in done.stderr
+    assert "torch_npu is not installed: pip install -r requirements.txt --extra-index-url https://" in done.stderr
     assert "Traceback" not in done.stderr
