@@ -28,6 +28,7 @@ Exit status: 0 no check failed, 1 a check failed, 2 the run could not be done, 1
 from __future__ import annotations
 
 import argparse
+import configparser
 import contextlib
 import copy
 import dataclasses
@@ -45,6 +46,7 @@ import platform
 import re
 import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import textwrap
@@ -271,16 +273,20 @@ def head(run: Run) -> None:
 def device_stage(run: Run) -> Iterator[Entry]:
     """Versions, switches and memory; and a real matrix product, because one that does not start is visible, too."""
     device, free = run.device, None
+    if device.type == "npu" and run.options.graph:
+        torch.npu.config.allow_internal_format = False  # no graph can hold the convolutions for internal formats
     text = str(device)
     if device.type != "cpu":
         module = torch.get_device_module(device.type)
         free, total = module.mem_get_info(device)
         text += f" {chip_name(device)}, {module.device_count()} visible, {total / GIB:.1f} GiB"
     facts = {"device": text, "python": platform.python_version()}
-    facts |= {"platform": f"{platform.system()} {platform.machine()}", "torch": torch.__version__}
+    facts |= {"host": host_name(), "torch": torch.__version__}
     facts |= accelerator_versions(device)
     facts |= {name: importlib.metadata.version(name) for name in ("timm", "numpy")}
-    facts["CPU threads"] = str(torch.get_num_threads())
+    threads, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
+    slow = " (OMP_NUM_THREADS or CPU_AFFINITY_CONF; the CPU's reference takes longer)"
+    facts["CPU threads"] = f"{threads} on {cores} of {os.cpu_count()} cores{slow if threads < os.cpu_count() // 2 else ''}"
     arithmetic, found = run.probe.recognise(torch.matmul, [run.probe.draw((PROBE_SIZE, PROBE_SIZE)) for _ in range(2)])
     ask_for_arithmetic(run)
     facts["fp32 is computed in"] = str(run.probe)
@@ -293,6 +299,17 @@ def device_stage(run: Run) -> Iterator[Entry]:
     yield ERRORS.header("in that arithmetic")
     yield judged("computes", "matrix product", found, Limit(limit, limit), advice, where=str(arithmetic or EXACT))
     yield from judge_arithmetic(run)
+
+
+def host_name() -> str:
+    """Processor, memory and system of the host, which is the limit of many a card's figures."""
+    processor, system = platform.machine(), platform.system()
+    with contextlib.suppress(OSError, AttributeError):
+        known = subprocess.run(["lscpu"], capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"}).stdout
+        processor = " ".join([re.search(r"Model name: *(.*)", known)[1], processor])
+        system = platform.freedesktop_os_release()["PRETTY_NAME"]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+    return f"{processor}, {memory:.0f} GiB, {system}"
 
 
 def ask_for_arithmetic(run: Run) -> None:
@@ -351,10 +368,11 @@ def model_stage(run: Run) -> Iterator[Entry]:
     yield Entry(outcome, f"weights on {device.type}", text, problem, advice)
 
     started = time.perf_counter()
-    run.first = forward_outputs(run.model.device, run.images[:1].to(device))
+    with imitation(lambda *_: EXACT, {}) as seen, stderr_copied(device) as said:
+        run.first = forward_outputs(run.model.device, run.images[:1].to(device))
     run.outputs = run.first.get("logits", run.first["embedding"])  # until stage 3 has those of a larger batch
     first_seconds = time.perf_counter() - started
-    yield cpu_fallback(device)
+    yield cpu_fallback(device, seen.names, "".join(said))
     yield Entry(VARIES, "loaded in", f"{load_seconds:.1f} s")
     yield Entry(VARIES, "first call", f"{first_seconds:.2f} s, kernel compilation included")
 
@@ -1038,6 +1056,7 @@ def imitation(of: Callable, gelu: dict[str, str]) -> contextlib.AbstractContextM
                     aten.baddbmm.default: 1}  # fmt: skip
         whole = aten.linear.default, aten.conv2d.default, aten.matmul.default  # what inference_mode hides products in
         inside, hidden, rounded, gelus = None, 0, 0, 0  # inside: the arithmetic of the attention that is computed
+        names: set[str] = set()  # of all operators
 
         def __enter__(self):
             self.attention = Attention()
@@ -1060,6 +1079,7 @@ def imitation(of: Callable, gelu: dict[str, str]) -> contextlib.AbstractContextM
                 if (form := gelu.get(asked)) in ("none", "tanh") and form != asked:
                     kwargs["approximate"], self.gelus = form, self.gelus + 1
             self.hidden += function in self.whole
+            self.names.add(function.overloadpacket.__name__)
             return function(*args, **kwargs)
 
     products = Products()
@@ -1347,7 +1367,7 @@ def explain_throughput(timings: list[Timing], flops: int | None, device: torch.d
     yield note("best", f"batch {best.batch} with {best.throughput:.2f} images/s{end}")
     if flops:
         rate = flops * best.throughput / 1e12
-        peak = FP16_PEAK.get(chip)
+        peak = fp16_peak(chip)
         share = f", {rate / peak:.2%} of the {peak} that {chip} has in fp16" if peak else ""
         yield note("TFLOP/s", f"{rate:.3f} at batch {best.batch}{share}")
     if device.type != "cpu" and (bound := sizes(lambda timing: timing.host_bound)):
@@ -1767,16 +1787,18 @@ def said(key: Key) -> str:
 
 # --- What is known of Ascend ------------------------------------------------------------------------------------------
 
-# TFLOP/s of the matrix unit in fp16: cores x frequency x 8192, from CANN's platform_config. There is no official figure
-# for HF32, so the share of this one is shown whatever the mode.
+# TFLOP/s of the matrix unit in fp16, from CANN's platform_config: for a host that does not have that file.
 FP16_PEAK = {"Ascend910B1": 363.7, "Ascend910B2": 353.9, "Ascend910B3": 294.9, "Ascend910B4": 245.8,
              "Ascend310P3": 69.5}  # fmt: skip
-# Environment variables that change numbers or speed, and are worth a line in the log when set.
-ENVIRONMENT = (
-    "TASK_QUEUE_ENABLE", "ASCEND_LAUNCH_BLOCKING", "CPU_AFFINITY_CONF", "INF_NAN_MODE_ENABLE", "ACL_OP_INIT_MODE",
-    "TORCH_NPU_USE_COMPATIBLE_IMPL", "PYTORCH_NPU_ALLOC_CONF", "HCCL_DETERMINISTIC", "ASCEND_RT_VISIBLE_DEVICES",
-    "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TIMM_FUSED_ATTN",
-)  # fmt: skip
+# Environment variables that change numbers or speed, and are worth a line in the log when set (torch_npu's list).
+ENVIRONMENT = """
+    TASK_QUEUE_ENABLE PER_STREAM_QUEUE STREAMS_PER_DEVICE COMBINED_ENABLE ASCEND_LAUNCH_BLOCKING CPU_AFFINITY_CONF
+    OMP_NUM_THREADS INF_NAN_MODE_ENABLE INF_NAN_MODE_FORCE_DISABLE TORCH_NPU_USE_COMPATIBLE_IMPL TORCH_NPU_LAZY_FUSION
+    TORCH_NPU_LEGACY_IMPL_LIST TORCH_NPU_COMPACT_ERROR_OUTPUT TORCHINDUCTOR_NPU_BACKEND
+    ACL_OP_INIT_MODE ACL_OP_COMPILER_CACHE_MODE ACL_DEVICE_SYNC_TIMEOUT TORCH_ACL_INIT_CONFIG_PATH PYTORCH_ALLOC_CONF
+    PYTORCH_NPU_ALLOC_CONF PYTORCH_NO_NPU_MEMORY_CACHING MULTI_STREAM_MEMORY_REUSE HCCL_DETERMINISTIC
+    ASCEND_GLOBAL_LOG_LEVEL ASCEND_SLOG_PRINT_TO_STDOUT ASCEND_RT_VISIBLE_DEVICES CUDA_VISIBLE_DEVICES TIMM_FUSED_ATTN
+""".split()
 # Error codes that torch_npu reports, with what to do: of ACL (CANN, rt_error_codes.h), and from 161001 on of aclnn.
 MEMORY_BROKEN = "the card's memory is broken: take it out of use"
 SEE_LOG = f"see {LOG_FOLDER} for the operator"
@@ -1832,6 +1854,10 @@ IMPORT_ERRORS = {
 PAIRS = {"8.5": ("2.9.0", "2.9.0"), "9.0": ("2.10.0", "2.10.0"), "9.1": ("2.12.0", "2.12.0")}
 CPU_BUILDS = "https://download.pytorch.org/whl/cpu"
 ASCEND = "/usr/local/Ascend"
+# Operators whose NPU kernels compute on the CPU inside, whatever TORCH_NPU_FALLBACK_CPU_DISABLE says (op-plugin).
+HOST_STAGED = {"_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa", "_upsample_nearest_exact1d",
+               "_upsample_nearest_exact2d", "_upsample_nearest_exact3d", "logit", "sinc", "polar", "complex",
+               "_masked_softmax", "adaptive_max_pool3d", "scatter_reduce"}  # fmt: skip
 # Bits of mantissa that fp32 should keep, by what it is documented to be computed in.
 BITS = {"float32": 23, "HF32": 10, "TF32": 10, "float16": 10}
 DOCUMENTED_AS = {"attention": "matmul"}
@@ -1965,18 +1991,45 @@ def chip_name(device: torch.device) -> str:
 
 
 def accelerator_versions(device: torch.device) -> dict[str, str]:
-    """Versions of torch_npu, CANN and the driver, "not known" where CANN does not tell, and a setting; or of CUDA."""
+    """Versions of torch_npu, CANN and the driver, "not known" where nothing tells, and settings; or of CUDA.
+
+    Files first: before 2.13 torch_npu answers with memory that nobody initialised where the driver's file is missing.
+    """
     if device.type == "cuda":
         return {"CUDA": str(torch.version.cuda)}
     if device.type != "npu":
         return {}
-    versions = {"torch_npu": importlib.metadata.version("torch-npu")}
+    opp = os.environ.get("ASCEND_OPP_PATH", "")
+    versions = {"torch_npu": importlib.metadata.version("torch-npu"), "CANN": cann_version(),
+                "CANN kernels": version_in(f"{opp}/version.info", f"{opp}/../share/info/opp*kernel*/version.info"),
+                "driver": version_in(f"{ASCEND}/driver/version.info"),
+                "firmware": version_in(f"{ASCEND}/firmware/version.info")}  # fmt: skip
     for name, part in (("CANN", "CANN"), ("driver", "DRIVER")):
-        with contextlib.suppress(Exception):  # a probe never stops the run
-            versions[name] = torch.npu.utils.get_cann_version(part)
-        versions[name] = versions.get(name) or "not known"
+        with contextlib.suppress(Exception):  # a question never stops the run
+            told = versions[name] or torch.npu.utils.get_cann_version(part)
+            versions[name] = told if re.match(r"\d+\.\d+", told) else ""
+        versions[name] = versions[name] or "not known"
     # On: a kernel is compiled for each new shape. Off, the default since the 910B: CANN's precompiled kernels are used.
-    return versions | {"jit_compile": "off" if torch.npu.is_jit_compile_false() else "on"}
+    versions["jit_compile"] = "off" if torch.npu.is_jit_compile_false() else "on, so first calls take minutes"
+    # Where internal formats are allowed a convolution is another kernel, and no graph can hold it.
+    with contextlib.suppress(Exception):  # there is no public function that tells it
+        allowed = sys.modules["torch_npu"]._C._npu_getOption("ALLOW_INTERNAL_FORMAT") == b"enable"
+        versions["internal format"] = "allowed" if allowed else "not allowed"
+    if not torch.npu.utils.is_support_inf_nan():
+        versions["overflow"] = "ends at the largest number, so that no output is infinite: see stage 4"
+    return versions
+
+
+def fp16_peak(chip: str) -> float | None:
+    """TFLOP/s of the matrix unit in fp16: cores x frequency x 2 x 16^3, by CANN's own file about the chip.
+
+    There is no official figure for HF32, so the share of this one is shown whatever the mode.
+    """
+    file = configparser.ConfigParser(strict=False)
+    with contextlib.suppress(configparser.Error, KeyError, ValueError):
+        file.read(glob.glob(f"{os.environ.get('ASCEND_HOME_PATH')}/*-linux/data/platform_config/{chip}.ini"))
+        return int(file["SoCInfo"]["ai_core_cnt"]) * int(file["AICoreSpec"]["cube_freq"]) * 2 * 16**3 / 1e6
+    return FP16_PEAK.get(chip)
 
 
 def reduced_fp32_switches(device: torch.device) -> dict[str, tuple[object, str]]:
@@ -2009,22 +2062,54 @@ def computes_in(device: torch.device, dtype: str) -> bool:
     return getattr(torch.get_device_module(device.type), "is_bf16_supported", lambda: True)()
 
 
-def cpu_fallback(device: torch.device) -> Entry:
-    """Whether an operator that has no NPU kernel may have run on the CPU, unseen from Python.
+def cpu_fallback(device: torch.device, names: set[str], said: str) -> Entry:
+    """Whether an operator of the first forward pass may have run on the CPU, unseen from Python.
 
-    torch_npu refuses to where TORCH_NPU_FALLBACK_CPU_DISABLE is 1: from version 2.13 on.
+    names: of the operators that aten dispatched. said: what stood on stderr. torch_npu refuses to fall back where
+    TORCH_NPU_FALLBACK_CPU_DISABLE is 1 and it knows the variable; else it warns on stderr, in the first process only.
     """
     if device.type != "npu":
         return Entry(SKIP, "operators", "", "only torch_npu falls back to the CPU unseen")
+    warned = re.findall(r"operator '([\w:.]+)' is not currently supported on the NPU backend and will fall back", said)
+    inside = [f"{name} (its NPU kernel copies to the CPU and back)" for name in sorted(names & HOST_STAGED)]
+    if warned or inside:
+        problem, advice = f"on the CPU: {', '.join(warned + inside)}", "it costs time: see whether the model can do without"
+        return Entry(WARN, "operators", "", problem, advice)
     try:
-        torch.special.bessel_j0(torch.ones(1, device=device))  # has none
+        torch.special.bessel_j0(torch.ones(1, device=device))  # has no NPU kernel
     except (RuntimeError, NotImplementedError):
-        return Entry(PASS, "operators", "all on the NPU, none fell back to the CPU")
+        return Entry(PASS, "operators", "each has an NPU kernel, and none is known to copy to the CPU inside")
+    if os.environ["TORCH_NPU_FALLBACK_CPU_DISABLE"] == "1" and os.environ.get("RANK", "0") == "0":
+        return Entry(PASS, "operators", "torch_npu warned of none that fell back to the CPU")
+    problem = "this torch_npu tells only its first process which operators fall back to the CPU"
     if os.environ["TORCH_NPU_FALLBACK_CPU_DISABLE"] == "1":
-        problem = "this torch_npu does not say when an operator falls back to the CPU, but for its warnings on stderr"
         return Entry(SKIP, "operators", "", problem)
     problem = "TORCH_NPU_FALLBACK_CPU_DISABLE is set to 0, so an operator may run on the CPU unseen"
     return Entry(WARN, "operators", "", problem, "unset it, so that such an operator is named")
+
+
+@contextlib.contextmanager
+def stderr_copied(device: torch.device) -> Iterator[list[str]]:
+    """Inside, stderr is read as well, what C++ writes too. The list holds the text at the end.
+
+    tee passes it on: a process of its own, so that the last words of one that aborts are not lost.
+    """
+    said: list[str] = []
+    if device.type != "npu" or sys.stderr is None:
+        yield said
+        return
+    with tempfile.NamedTemporaryFile("r", errors="replace") as copied:
+        stderr = os.dup(2)
+        tee = subprocess.Popen(["tee", copied.name], stdin=subprocess.PIPE, stdout=stderr, stderr=subprocess.DEVNULL)
+        os.dup2(tee.stdin.fileno(), 2)
+        tee.stdin.close()
+        try:
+            yield said
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            tee.wait()
+            said.append(copied.read())
 
 
 def explain(error: BaseException) -> str:
@@ -2181,8 +2266,9 @@ class Report:
         """Start a stage's clock. When it runs out the device hangs: a thread ends the process, wherever it is."""
         self.doing = name
         self.timer.cancel()
-        message = f"error: stage {name} takes longer than --timeout {self.timeout} s: does the device hang?"
-        self.timer = threading.Timer(self.timeout, self.end, (f"{message} see npu-smi info", 2))
+        message = f"error: stage {name} takes longer than --timeout {self.timeout} s: does the device hang? see npu-smi"
+        message += " info; a 310P or 910A compiles kernels for minutes at its first run: raise --timeout there"
+        self.timer = threading.Timer(self.timeout, self.end, (message, 2))
         self.timer.daemon = True
         self.timer.start()
 

@@ -7,6 +7,7 @@ test_vit_with_a_slow_host      the same, and its Python takes 100 ms
 test_vit_that_waits    reads a value on the host in its forward pass, so that no graph can be captured
 test_trained_vit       vit_small_patch14_dinov2 at 98 x 98, where trained weights take seconds; timm resamples the positions
 test_deep_vit          24 blocks of width 64 at 64 x 64
+test_vit_with_antialias        resamples its input with a kernel that computes on the CPU inside torch_npu
 test_vit_with_bessel   uses an operator that torch_npu has no kernel for, so that torch_npu would compute it on the CPU
 
 TEST_ALLOW_HF32="conv matmul" sets torch_npu's HF32 switches to that, as a user's program could.
@@ -101,6 +102,17 @@ class VisionTransformerWithBessel(VisionTransformer):
 @register_model
 def test_vit_with_bessel(pretrained=False, **kwargs):
     return VisionTransformerWithBessel(embed_dim=64, depth=2, num_heads=2)
+
+
+class VisionTransformerWithAntialias(VisionTransformer):
+    def forward_features(self, x, **kwargs):
+        x = torch.nn.functional.interpolate(x, (32, 32), mode="bicubic", antialias=True)
+        return super().forward_features(x, **kwargs)
+
+
+@register_model
+def test_vit_with_antialias(pretrained=False, **kwargs):
+    return tiny(VisionTransformerWithAntialias)
 
 
 def allow_hf32():

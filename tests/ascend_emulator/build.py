@@ -73,6 +73,7 @@ def compile_into(folder):
     run_all(*(library(name, *ascendcl) for name in EMPTY))
     (folder / "operators.o").unlink()
     (folder / "ascend_toolkit_install.info").write_text(f"package_name=ascend_emulator\nversion={VERSION}\n")
+    (folder / "opp" / "version.info").write_text(f"Version={VERSION}\n")
 
 
 def installed():

@@ -28,7 +28,8 @@ def test_the_default_run_passes_on_npu_0(healthy):
 
 def test_no_log_of_the_emulated_device_can_pass_for_an_npus(healthy):
     assert CHIP in healthy.log.facts["device"]
-    assert healthy.log.facts["CANN"] == "8.5.0-emulated" and healthy.log.facts["driver"] == "25.5.0-emulated"
+    assert healthy.log.facts["CANN"] == healthy.log.facts["CANN kernels"] == "8.5.0-emulated"
+    assert healthy.log.facts["driver"] == "25.5.0-emulated"
 
 
 def test_what_the_device_computes_in_is_asked_and_said(healthy):
@@ -152,8 +153,9 @@ def test_a_device_that_misbehaves_fails_with_a_message(run, knobs, failures):
 def test_a_chip_without_fp32_and_bfloat16_in_its_matrix_unit_passes(run):
     """The 310P computes fp32 matrix products in float16; its convolutions are not emulated."""
     model = ("--model", "test_vit_without_convolution", "--amp", "bfloat16", "float16")
-    done = run(*QUICK, *model, SOC="Ascend310P3")
+    done = run(*QUICK, *model, SOC="Ascend310P3", env={"INF_NAN_MODE_ENABLE": "0"})
     assert done.clean, done.stdout
+    assert done.log.facts["overflow"].startswith("ends at the largest number")
     assert re.match(r"matmul .*attention 32: 10 bits \(float16, half even\); GELU", done.log.facts["fp32 is computed in"])
     assert done.marks("amp-bfloat16") == ["SKIP"]
     row = done.rows("precision")["embedding", "float32"]
@@ -206,3 +208,12 @@ def test_an_operator_that_would_run_on_the_cpu_is_named(run):
     assert any(re.search(named, line) for line in done.failures)
     allowed = run(*model, env={"TORCH_NPU_FALLBACK_CPU_DISABLE": "0"})
     assert allowed.marks("operators") == ["WARN"], allowed.stdout
+    assert any("operators: on the CPU: aten::special_bessel_j0.out" in line for line in allowed.failures)
+    assert "will fall back to run on the CPU" in allowed.stderr, "what is read is passed on"
+
+
+def test_an_operator_whose_kernel_copies_to_the_cpu_is_named(run):
+    """Without a word, and whatever TORCH_NPU_FALLBACK_CPU_DISABLE says."""
+    done = run(*QUICK, "--model", "test_vit_with_antialias")
+    assert done.marks("operators") == ["WARN"], done.stdout
+    assert any("_upsample_bicubic2d_aa (its NPU kernel copies to the CPU and back)" in line for line in done.failures)
