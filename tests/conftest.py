@@ -31,7 +31,10 @@ QUICK = ("--weights", "random", "--batch-sizes", "1", "3", "--warmup", "0", "--i
 SMALL = (*QUICK, "--model", "test_vit")
 REHEARSAL = (*SMALL, "--device", "cpu")
 OLD_LOG = "an earlier log\n"
-SERVER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(TESTS)])}
+# one_version.py has made the CUDA build of another torch look like the CPU build.
+CUDA_TORCH = validate_npu.torch.version.cuda and "TEST_CUDA_TORCH" not in os.environ
+PATHS = [str(ROOT), str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
+SERVER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(PATHS)}
 
 
 class Run:
@@ -75,8 +78,14 @@ class Run:
         return self.status == 0 and " 0 warned, 0 failed" in self.result
 
 
+def skip_beside_cuda(on_npu):
+    if CUDA_TORCH and on_npu:
+        pytest.skip(f"torch_npu refuses this CUDA build of torch: {validate_npu.install_command()}")
+
+
 def start(arguments, folder, env=None, launcher=()):
     """A run in a process of its own, started as a user starts it."""
+    skip_beside_cuda(env and "ASCEND_HOME_PATH" in env)
     command = [sys.executable, *map(str, launcher), str(SCRIPT), *map(str, arguments)]
     env = os.environ | (env or {})
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
@@ -100,6 +109,7 @@ def fork():
         multiprocessing.forkserver.ensure_running()
 
     def fork(arguments, folder, env=None, script=SCRIPT):
+        skip_beside_cuda("cpu" not in arguments)
         process = context.Process(target=in_fork, args=(script, list(map(str, arguments)), str(folder), env or {}))
         process.start()
         process.join(180)
@@ -121,7 +131,7 @@ def in_fork(script, arguments, folder, env):
     sys.argv = [str(script), *arguments]
     import with_test_models
 
-    with_test_models.allow_hf32()
+    with_test_models.set_switches()
     try:
         runpy.run_path(str(script), run_name="__main__")
     except SystemExit as end:  # the script's own; torch_npu's threads after a failed launch can keep a fork from ending

@@ -10,7 +10,8 @@ test_deep_vit          24 blocks of width 64 at 64 x 64
 test_vit_with_antialias        resamples its input with a kernel that computes on the CPU inside torch_npu
 test_vit_with_bessel   uses an operator that torch_npu has no kernel for, so that torch_npu would compute it on the CPU
 
-TEST_ALLOW_HF32="conv matmul" sets torch_npu's HF32 switches to that, as a user's program could.
+TEST_ALLOW_HF32="conv matmul" sets torch_npu's HF32 switches to that, as a user's program could. And
+TEST_INTERNAL_FORMAT=no forbids internal formats, whose convolutions the emulated Ascend lacks: torch_npu 2.9.0 allows them.
 """
 
 import os
@@ -115,15 +116,17 @@ def test_vit_with_antialias(pretrained=False, **kwargs):
     return tiny(VisionTransformerWithAntialias)
 
 
-def allow_hf32():
-    if "TEST_ALLOW_HF32" in os.environ:
+def set_switches():
+    if os.environ.keys() & {"TEST_ALLOW_HF32", "TEST_INTERNAL_FORMAT"}:
         import torch_npu  # noqa: F401
-
+    if "TEST_INTERNAL_FORMAT" in os.environ:
+        torch.npu.config.allow_internal_format = False
+    if "TEST_ALLOW_HF32" in os.environ:
         torch.npu.conv.allow_hf32 = "conv" in os.environ["TEST_ALLOW_HF32"]
         torch.npu.matmul.allow_hf32 = "matmul" in os.environ["TEST_ALLOW_HF32"]
 
 
 if __name__ == "__main__":
-    allow_hf32()
+    set_switches()
     del sys.argv[0]
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -596,7 +596,7 @@ aclError aclmdlRICaptureThreadExchangeMode(aclmdlRICaptureMode* mode) {
   return ACL_SUCCESS;
 }
 
-aclError aclrtLaunchHostFunc(aclrtStream stream, aclrtHostFunc function, void* argument) {
+aclError aclrtLaunchHostFunc(aclrtStream stream, void (*function)(void*), void* argument) {
   return enqueue(stream, [=] { function(argument); });
 }
 
@@ -624,17 +624,18 @@ aclDataBuffer* aclCreateDataBuffer(void*, size_t) { return reinterpret_cast<aclD
 }  // extern "C"
 
 // ---- functions that need do nothing, and functions that nobody should need -----------------------------------------
-// Both are aliases of a function without arguments, which the calling convention allows; `decltype` makes the compiler
-// check that CANN's headers know the name.
+// Functions without arguments stand for them, which the calling convention allows. For the first `decltype` makes the
+// compiler check that CANN's headers know the name; the others are told by the symbol's name alone, because not every
+// CANN declares each of them.
 #pragma GCC diagnostic ignored "-Wattribute-alias"
 
 extern "C" int ascend_emulator_accept() { return 0; }
 #define ACCEPTED(function) extern "C" decltype(function) function __attribute__((alias("ascend_emulator_accept")));
-#define REFUSED(function)                                                                                       \
-  extern "C" int ascend_emulator_refuse_##function() {                                                          \
-    return fail(ACL_ERROR_RT_FEATURE_NOT_SUPPORT, "ascend_emulator does not know " #function);                  \
-  }                                                                                                             \
-  extern "C" decltype(function) function __attribute__((alias("ascend_emulator_refuse_" #function)));
+#define REFUSED(function)                                                                      \
+  int refuse_##function() asm(#function);                                                      \
+  int refuse_##function() {                                                                    \
+    return fail(ACL_ERROR_RT_FEATURE_NOT_SUPPORT, "ascend_emulator does not know " #function); \
+  }
 
 ACCEPTED(aclAppLog)
 ACCEPTED(aclSetCompileopt)
@@ -685,17 +686,13 @@ REFUSED(aclrtMemSetPidToShareableHandle)
 REFUSED(aclrtProcessReport)
 
 // Not in CANN's public headers: the profiler's, and those of compiled kernels.
-#define REFUSED_PRIVATE(function)                                                              \
-  extern "C" int function() {                                                                  \
-    return fail(ACL_ERROR_RT_FEATURE_NOT_SUPPORT, "ascend_emulator does not know " #function); \
-  }
-REFUSED_PRIVATE(rtDevBinaryRegister)
-REFUSED_PRIVATE(rtFunctionRegister)
-REFUSED_PRIVATE(rtGetC2cCtrlAddr)
-REFUSED_PRIVATE(rtKernelLaunch)
-REFUSED_PRIVATE(MsprofReportApi)
-REFUSED_PRIVATE(MsprofReportCompactInfo)
-REFUSED_PRIVATE(MsprofReportAdditionalInfo)
-REFUSED_PRIVATE(MsprofGetHashId)
-REFUSED_PRIVATE(MsprofSysCycleTime)
+REFUSED(rtDevBinaryRegister)
+REFUSED(rtFunctionRegister)
+REFUSED(rtGetC2cCtrlAddr)
+REFUSED(rtKernelLaunch)
+REFUSED(MsprofReportApi)
+REFUSED(MsprofReportCompactInfo)
+REFUSED(MsprofReportAdditionalInfo)
+REFUSED(MsprofGetHashId)
+REFUSED(MsprofSysCycleTime)
 extern "C" int MsprofRegisterCallback() { return 0; }  // called when torch_npu is loaded

@@ -58,6 +58,14 @@ def test_whatever_the_import_of_torch_npu_raises(run, tmp_path, raises, messages
     is_told(run(*SMALL, env={"PYTHONPATH": str(tmp_path)}), *messages)
 
 
+def test_next_to_a_cuda_build_of_torch_2_14_it_is_known_before_the_import(monkeypatch):
+    """The import would abort the process (a duplicated allocator option), which no Python code can catch."""
+    monkeypatch.setattr(v.torch.version, "cuda", "13.0")
+    monkeypatch.setattr(v.torch, "__version__", "2.14.0")
+    with pytest.raises(v.CannotRun, match="this torch is built for another accelerator, and torch_npu needs the CPU build"):
+        v.find_npu()
+
+
 @pytest.mark.parametrize(
     ("package", "raises", "message"),
     [

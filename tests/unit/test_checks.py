@@ -115,12 +115,28 @@ class Unseen(str):
     type = "npu"
 
 
-@pytest.mark.parametrize(("disabled", "outcome"), [("1", SKIP), ("0", WARN)])
-def test_no_operator_fell_back_only_where_it_would_have_been_seen(monkeypatch, disabled, outcome):
-    """That an NPU which does say so passes is in the runs on one."""
+CAUTION = "CAUTION: The operator 'aten::foo.out' is not currently supported on the NPU backend and will fall back to run"
+
+
+@pytest.mark.parametrize(
+    ("disabled", "rank", "names", "said", "outcome", "problem"),
+    [
+        ("1", "0", set(), "", PASS, ""),
+        ("1", "0", set(), CAUTION, WARN, "on the CPU: aten::foo.out"),
+        ("1", "0", {"addmm", "logit"}, "", WARN, "logit (its NPU kernel copies to the CPU and back)"),
+        ("1", "1", set(), "", SKIP, "tells only its first process"),
+        ("0", "0", set(), "", WARN, "is set to 0"),
+    ],
+)
+def test_no_operator_fell_back_only_where_it_would_have_been_seen(
+    monkeypatch, disabled, rank, names, said, outcome, problem
+):
+    """A torch_npu without the variable. That one which knows it passes is in the runs on an emulated NPU."""
     monkeypatch.setenv("TORCH_NPU_FALLBACK_CPU_DISABLE", disabled)
-    assert v.cpu_fallback(Unseen("cpu")).mark == outcome
-    assert v.cpu_fallback(CPU).mark == SKIP
+    monkeypatch.setenv("RANK", rank)
+    entry = v.cpu_fallback(Unseen("cpu"), names, said)
+    assert entry.mark == outcome and problem in entry.problem
+    assert v.cpu_fallback(CPU, names, said).mark == SKIP
 
 
 # --- stage 3: outputs -------------------------------------------------------------------------------------------------
