@@ -1870,7 +1870,7 @@ AVOIDED = {
     "HF32": "which torch.npu.conv.allow_hf32 = False avoids",
     "TF32": "which torch.backends.cudnn.allow_tf32 = False avoids",
     "float16": "which this chip's matrix unit cannot avoid",
-    "GELU": "which TORCH_NPU_USE_COMPATIBLE_IMPL=1 before the start avoids",
+    "GELU": "which TORCH_NPU_USE_COMPATIBLE_IMPL=1 before the start avoids (not in torch_npu 2.9.0)",
 }
 REHEARSE = " (for a rehearsal without an NPU: --device cpu)"
 

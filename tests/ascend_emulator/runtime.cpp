@@ -685,6 +685,18 @@ REFUSED(aclrtMemImportFromShareableHandle)
 REFUSED(aclrtMemSetPidToShareableHandle)
 REFUSED(aclrtProcessReport)
 
+// Of HCCL, to which torch_npu 2.9.0 is linked.
+REFUSED(HcclAllGather)
+REFUSED(HcclAllReduce)
+REFUSED(HcclBroadcast)
+REFUSED(HcclCommDestroy)
+REFUSED(HcclCommInitAll)
+REFUSED(HcclCommInitRootInfo)
+REFUSED(HcclGetRootInfo)
+REFUSED(HcclRecv)
+REFUSED(HcclReduceScatter)
+REFUSED(HcclSend)
+
 // Not in CANN's public headers: the profiler's, and those of compiled kernels.
 REFUSED(rtDevBinaryRegister)
 REFUSED(rtFunctionRegister)
