@@ -8,6 +8,7 @@ test_vit_that_waits    reads a value on the host in its forward pass, so that no
 test_trained_vit       vit_small_patch14_dinov2 at 98 x 98, where trained weights take seconds; timm resamples the positions
 test_deep_vit          24 blocks of width 64 at 64 x 64
 test_vit_with_antialias        resamples its input with a kernel that computes on the CPU inside torch_npu
+test_encoder           has no head: forward_head says so, as that of qwen3_vit_88m_enc does
 test_vit_with_bessel   uses an operator that torch_npu has no kernel for, so that torch_npu would compute it on the CPU
 
 TEST_ALLOW_HF32="conv matmul" sets torch_npu's HF32 switches to that, as a user's program could. And
@@ -114,6 +115,21 @@ class VisionTransformerWithAntialias(VisionTransformer):
 @register_model
 def test_vit_with_antialias(pretrained=False, **kwargs):
     return tiny(VisionTransformerWithAntialias)
+
+
+class Encoder(VisionTransformer):
+    def forward_head(self, x, pre_logits=False):
+        raise NotImplementedError("Encoder does not support classification use cases.")
+
+    def forward(self, x):
+        return self.forward_features(x)
+
+
+@register_model
+def test_encoder(pretrained=False, **kwargs):
+    model = Encoder(img_size=32, embed_dim=32, depth=1, num_heads=1, num_classes=0)
+    model.pretrained_cfg = {"input_size": (3, 32, 32)}
+    return model
 
 
 def set_switches():

@@ -1,5 +1,6 @@
 """The script on the emulated Ascend: the real torch_npu, end to end, on devices that work and that do not."""
 
+import importlib.metadata
 import re
 import subprocess
 
@@ -8,6 +9,8 @@ from ascend_emulator import environment
 from conftest import OLD_LOG, QUICK, SCRIPT, SMALL, WITH_TEST_MODELS, start
 
 CHIP = "Ascend910B4"
+NPU_VERSION = importlib.metadata.version("torch-npu")
+FALLBACK_CAN_BE_REFUSED = {"2.9.0.post9", "2.10.0.post7", "2.11.0.post3", "2.12.0.post3", "2.13.0"}
 
 
 # --- a device that works ----------------------------------------------------------------------------------------------
@@ -52,6 +55,7 @@ def test_the_residual_stands_beside_the_cpus_own_error_and_the_limit(healthy):
         assert row["row"] < row["warn"] < row["fail"] < row["cost"] < 1.1 * row["fp64"]
 
 
+@pytest.mark.skipif(NPU_VERSION == "2.9.0", reason="has no TORCH_NPU_USE_COMPATIBLE_IMPL")
 def test_without_hf32_and_another_gelu_nothing_is_left_of_the_cost(run):
     exact = run(*SMALL, HF32=0, env={"TORCH_NPU_USE_COMPATIBLE_IMPL": "1"})
     assert exact.clean, exact.stdout
@@ -204,9 +208,10 @@ def test_a_capture_that_fails_leaves_the_stream_and_the_other_modes_as_they_were
 def test_an_operator_that_would_run_on_the_cpu_is_named(run):
     model = (*QUICK, "--model", "test_vit_with_bessel")
     done = run(*model)
-    assert done.status == 1, done.stdout + done.stderr
-    named = r"model: aten::special_bessel_j0\S* has no NPU kernel and would run on the CPU"
-    assert any(re.search(named, line) for line in done.failures)
+    named = {1: r"model: aten::special_bessel_j0\S* has no NPU kernel and would run on the CPU",
+             0: r"operators: on the CPU: aten::special_bessel_j0\.out"}  # fmt: skip
+    assert done.status == (NPU_VERSION in FALLBACK_CAN_BE_REFUSED), done.stdout + done.stderr
+    assert any(re.search(named[done.status], line) for line in done.failures)
     allowed = run(*model, env={"TORCH_NPU_FALLBACK_CPU_DISABLE": "0"})
     assert allowed.marks("operators") == ["WARN"], allowed.stdout
     assert any("operators: on the CPU: aten::special_bessel_j0.out" in line for line in allowed.failures)

@@ -1,6 +1,9 @@
 """Any weights: from the hub, a real HTTP server on loopback with the genuine client, and from files."""
 
+import argparse
 import fcntl
+import json
+import math
 import os
 import pty
 import re
@@ -87,7 +90,7 @@ def read(terminal):
 @pytest.mark.parametrize(
     ("behaviour", "message"),
     [
-        ("missing", "(RepositoryNotFoundError: 404 Client Error.): set HF_ENDPOINT=https://hf-mirror.com"),
+        ("missing", "(RepositoryNotFoundError: 404 Client Error.): the hub has no such model, or it is private (set HF_TOKEN)"),
         ("gated", "(GatedRepoError: 401 Client Error.): ask for access on the model's page and set HF_TOKEN"),
         ("truncated", "expected 1491816)): set HF_ENDPOINT=https://hf-mirror.com"),
         ("stall half-way", "(ReadTimeout: timed out): set HF_ENDPOINT=https://hf-mirror.com"),
@@ -152,7 +155,7 @@ def test_a_checkpoint_is_loaded(run, tmp_path, name, write):
     path = next(tmp_path.glob("weights.*"))
     done = run(*ONE, "--model", name, "--weights", path)
     assert done.clean, done.stdout + done.stderr
-    assert done.log.facts["weights"] == f"file {path.name}"
+    assert done.log.facts["weights"].startswith(f"file {path.name}")
     assert weights_of(done) == v.sha256(state)
 
 
@@ -169,6 +172,171 @@ def test_another_models_checkpoint_is_reported_by_its_keys(run, tmp_path):
         "keys 12 missing (blocks.0.norm1.weight, blocks.0.norm1.bias, blocks.0.attn.qkv.weight, ...);"
         " 1 unexpected (norm.extra); 1 of another shape (norm.weight)"
     ) in done.errors[0]
+
+
+# --- files as people have them ----------------------------------------------------------------------------------------
+
+
+def sharded(state, folder):
+    """As transformers and accelerate leave it: two shards and their index."""
+    halves = dict(list(state.items())[::2]), dict(list(state.items())[1::2])
+    names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    for half, name in zip(halves, names):
+        save_file(half, folder / name)
+    index = {"weight_map": {key: name for half, name in zip(halves, names) for key in half}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def cloned(state, folder):
+    """As git clone leaves it: both files, of which one is a pointer that was not pulled."""
+    (folder / "config.json").write_text("{}")
+    (folder / "pytorch_model.bin").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    save_file(state, folder / "model.safetensors")
+
+
+def prefixed(prefix):
+    return lambda state, folder: torch.save({prefix + key: value for key, value in state.items()}, folder / "f.pth")
+
+
+def wrapped(**wrapper):
+    def write(state, folder):
+        torch.save({key: state if value is dict else value for key, value in wrapper.items()}, folder / "f.pth")
+
+    return write
+
+
+def as_type(dtype):
+    return lambda state, folder: save_file({key: value.to(dtype) for key, value in state.items()}, folder / "f.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("write", "path", "said"),
+    [
+        (cloned, "", "file model.safetensors"),
+        (sharded, "", "file model.safetensors.index.json"),
+        (sharded, "model.safetensors.index.json", "file model.safetensors.index.json"),
+        (wrapped(model_state_dict=dict), "f.pth", "file f.pth, its model_state_dict"),
+        (wrapped(teacher=dict, student=dict), "f.pth", "file f.pth, its teacher"),
+        (wrapped(model=dict, model_ema=dict), "f.pth", "file f.pth, its model_ema"),
+        (wrapped(model=dict, args=argparse.Namespace(lr=0.1), best=v.np.float64(0.8)), "f.pth", "file f.pth, its model"),
+        (prefixed("_orig_mod."), "f.pth", "file f.pth, without _orig_mod."),
+        (prefixed("model."), "f.pth", "file f.pth, without model."),
+        (prefixed("module.backbone."), "f.pth", "file f.pth, without module., without backbone."),
+        (as_type(torch.float64), "f.safetensors", "file f.safetensors, from float64"),
+    ],
+    ids=["clone", "shards", "index", "model_state_dict", "teacher", "EMA", "training checkpoint", "compiled", "Lightning",
+         "DDP of a backbone", "float64"],
+)  # fmt: skip
+def test_weights_are_loaded_as_people_have_them(run, tmp_path, write, path, said):
+    """Whatever was taken or left out is said, and the weights are those of the state dict."""
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    state = drawn("test_vit").state_dict()
+    write(state, folder)
+    done = run(*ONE, "--weights", folder / path)
+    assert done.clean, done.stdout + done.stderr
+    assert done.log.facts["weights"] == said and weights_of(done) == v.sha256(state)
+
+
+@pytest.mark.parametrize(
+    ("write", "said"),
+    [
+        (as_type(torch.float16), "file f.safetensors, from float16"),
+        (as_type(torch.bfloat16), "file f.safetensors, from bfloat16"),
+        (lambda state, folder: torch.save({k: t[:10] if k.startswith("head.") else t for k, t in state.items()},
+                                          folder / "f.pth"), "file f.pth, 10 classes, as in the file"),
+        (lambda state, folder: torch.save({k: t for k, t in state.items() if not k.startswith("head.")},
+                                          folder / "f.pth"), "file f.pth, 0 classes, as in the file"),
+    ],
+    ids=["float16", "bfloat16", "10 classes", "no classifier"],
+)  # fmt: skip
+def test_weights_that_make_another_model_of_it_say_so(run, tmp_path, write, said):
+    write(drawn("test_vit").state_dict(), tmp_path)
+    done = run(*ONE, "--weights", next(tmp_path.glob("f.*")))
+    assert done.clean, done.stdout + done.stderr
+    assert done.log.facts["weights"] == said
+    assert ("logits" in done.text) == (", 0 classes" not in said)
+
+
+def changed(change):
+    """A state dict in which one matrix is what `change` makes of it."""
+
+    def write(state, path):
+        torch.save({**state, "blocks.0.mlp.fc1.weight": change(state["blocks.0.mlp.fc1.weight"].clone())}, path)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("write", "said"),
+    [
+        (lambda state, path: path.write_text("version https://git-lfs.github.com/spec/v1\n"), "is a Git LFS pointer: run git lfs pull"),
+        (lambda state, path: path.write_text("<!doctype html><html>"), "it is a web page: download the file itself"),
+        (lambda state, path: path.write_bytes(b""), "f.pth cannot be read: it is empty"),
+        (changed(lambda x: x.flatten().index_fill(0, torch.tensor([3, 5]), math.nan).view_as(x)),
+         "is broken, whatever the device: 2 of 12288 values of blocks.0.mlp.fc1.weight are NaN or infinite"),
+        (changed(lambda x: x.to(torch.int8)), "is quantised (blocks.0.mlp.fc1.weight is int8)"),
+        (changed(lambda x: x.to(torch.float8_e4m3fn)), "is quantised (blocks.0.mlp.fc1.weight is float8_e4m3fn)"),
+        (lambda state, path: torch.save({k: t * 0 for k, t in state.items()}, path), "f.pth is all zeros"),
+        (lambda state, path: torch.save(timm.create_model("test_vit"), path),
+         "it holds a timm.models.vision_transformer.VisionTransformer, not only tensors: save the model's state_dict()"),
+        (lambda state, path: torch.save({"embeddings.cls_token": torch.ones(1, 2)}, path), "(these names are those of transformers)"),
+    ],
+    ids=["LFS pointer", "web page", "empty", "NaN", "int8", "fp8", "zeros", "pickled model", "transformers"],
+)  # fmt: skip
+def test_a_file_that_is_no_weights_is_named_for_what_it_is(run, tmp_path, write, said):
+    (tmp_path / "validation_output.txt").write_text(OLD_LOG)
+    write(drawn("test_vit").state_dict(), tmp_path / "f.pth")
+    done = run(*ONE, "--weights", "f.pth")
+    assert done.status == 2 and len(done.errors) == 1 and said in done.errors[0], done.stderr
+    assert done.text == OLD_LOG and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("size", [["192"], ["160", "224"]])
+@pytest.mark.parametrize("model", ["test_vit", "resnet18"])
+def test_images_of_another_size(run, tmp_path, model, size):
+    """Of a ViT the positions of the file are resampled; a CNN takes any size."""
+    save_file(drawn(model).state_dict(), tmp_path / "f.safetensors")
+    done = run(*ONE, "--model", model, "--weights", "f.safetensors", "--input-size", *size)
+    assert done.clean, done.stdout + done.stderr
+    assert done.log.facts["input"].startswith(f"3 x {size[0]} x {size[-1]}, ")
+
+
+@pytest.mark.parametrize("name", ["local-dir:model", "timm/test_vit.r160_in1k"])
+def test_models_are_named_as_timm_and_the_hub_name_them(run, tmp_path, name):
+    state = drawn("test_vit").state_dict()
+    (tmp_path / "model").mkdir()
+    save_file(state, tmp_path / "model" / "model.safetensors")
+    config = {"architecture": "test_vit", "num_classes": 1000, "model_args": {"img_size": 160}}
+    config["pretrained_cfg"] = {"input_size": [3, 160, 160], "classifier": "head"}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    weights = "pretrained" if name.startswith("local-dir") else tmp_path / "model"
+    done = run(*ONE, "--model", name, "--weights", weights)
+    assert done.clean, done.stdout + done.stderr
+    assert weights_of(done) == v.sha256(state)
+
+
+def test_an_encoder_without_a_head_is_validated(run):
+    done = run(*ONE, "--model", "test_encoder", "--weights", "random")
+    assert done.clean, done.stdout + done.stderr
+    assert "logits" not in done.text
+
+
+@pytest.mark.parametrize(
+    ("cache", "advice"),
+    [("cut", "the file in the hub's cache is cut, or a pointer: delete it"), ("read-only", "set HF_HOME to a folder")],
+)
+def test_the_hubs_cache_that_fails_has_its_own_advice(tmp_path, files, cache, advice):
+    with HubServer(REPOSITORY, files) as hub:
+        if cache == "cut":
+            assert from_hub(tmp_path, hub.url).clean
+            (file,) = (tmp_path / "cache").glob("**/blobs/*")
+            file.write_bytes(file.read_bytes()[:1000])
+            done = from_hub(tmp_path, hub.url)
+        else:
+            done = from_hub(tmp_path, hub.url, HF_HOME="/proc/cache")
+    assert done.status == 2 and advice in done.errors[-1], done.stderr
+    assert "HF_ENDPOINT" not in done.errors[-1]
 
 
 # --- a variant --------------------------------------------------------------------------------------------------------
