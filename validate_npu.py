@@ -676,10 +676,12 @@ def load_picture(path: str, transform: Callable) -> torch.Tensor:
 
     try:
         picture = Image.open(path)
-        mode, picture = picture.mode, transform(picture.convert("RGB"))
+        mode, picture = picture.mode, picture.convert("RGB")
+        levels = max(high - low for low, high in picture.getextrema())
+        picture = transform(picture)
     except Exception as error:  # each of Pillow's readers has its own
         raise CannotRun(f"the picture {path} cannot be read: {type(error).__name__}: {first_line(error)}") from error
-    if mode[0] in "IF" and all(channel.std() == 0 for channel in picture):
+    if mode[0] in "IF" and levels <= 1:
         raise CannotRun(f"the picture {path} has lost its values: in 8 bits its mode {mode!r} is black or white")
     return picture
 
@@ -1003,9 +1005,10 @@ def compare_answers(run: Run, cpu: References) -> Iterator[Entry]:
 def judge_answers(what: str, names: list[str], right: np.ndarray, found: np.ndarray, explained: float) -> Entry:
     """Whether the largest of each row is the same. explained: a margin below which the device may choose another."""
     order = np.argsort(-right, axis=1)
-    chosen, rows = np.argmax(np.nan_to_num(found, nan=-np.inf), axis=1), np.arange(len(right))
+    chosen, rows = np.argmax(found, axis=1), np.arange(len(right))
     margins = right[rows, order[:, 0]] - right[rows, order[:, 1]]
     lost = right[rows, order[:, 0]] - right[rows, chosen]
+    lost[~np.isfinite(found).all(axis=1)] = np.inf
     wrong = np.flatnonzero(lost > explained)
     agree = int(np.sum(chosen == order[:, 0]))
     text = f"{agree} of {len(right)} pictures agree with the CPU; smallest margin {margins.min():.2e}"
@@ -2126,7 +2129,7 @@ HUB_ERRORS = {
     "Permission denied|Read-only|Not a directory|No such file": "set HF_HOME to a folder that can be written to",
     "Gated|awaiting a review": "ask for access on the model's page and set HF_TOKEN",
     "SafetensorError|UnpicklingError": "the file in the hub's cache is cut, or a pointer: delete it, and run again",
-    "404|RepositoryNotFound|EntryNotFound": "the hub has no such model, or it is private (set HF_TOKEN)",
+    "404 Client|RepositoryNotFound|RemoteEntryNotFound|RevisionNotFound": "the hub has no such model, or it is private (set HF_TOKEN)",
     "": "set HF_ENDPOINT=https://hf-mirror.com where huggingface.co is out of reach",
 }
 REHEARSE = " (for a rehearsal without an NPU: --device cpu)"

@@ -4,12 +4,11 @@ The emulated Ascend is healthy by construction. A sample of the matrix runs alwa
 """
 
 import itertools
+import re
 
 import pytest
 import trained
 from conftest import QUICK
-
-import validate_npu as v
 
 PICTURES = trained.photographs()
 MODELS = {
@@ -62,13 +61,22 @@ def test_a_device_that_rounds_only_in_some_convolutions_passes(run, kind):
     assert "11 bits (HF32, half away)" in said and ": 23 bits" in said
 
 
-def test_trained_weights_and_the_road_from_file_to_label():
-    """The rehearsal's own loading of weights and pictures: the network knows what is on them."""
-    model = v.load_model(
-        v.parse_arguments(["--model", "efficientnet_lite0", "--weights", str(trained.efficientnet_lite0())])
-    )
-    images = v.load_pictures(list(map(str, PICTURES.values())), v.timm.data.resolve_model_data_config(model))
-    names = v.timm.data.ImageNetInfo()
-    logits = v.forward_outputs(model, images)["logits"]
-    labels = dict(zip(PICTURES, (names.index_to_description(int(row.argmax())).split(",")[0] for row in logits)))
-    assert labels == {"chelsea": "tabby", "coffee": "espresso", "rocket": "missile"}
+def test_trained_weights_and_the_road_from_file_to_label(run, tmp_path):
+    """From files to labels: the network knows what is on the pictures, and the device sees what the CPU sees."""
+    for name, picture in PICTURES.items():
+        (tmp_path / "pictures").mkdir(exist_ok=True)
+        (tmp_path / "pictures" / picture.name).write_bytes(picture.read_bytes())
+    model = ("--model", "efficientnet_lite0", "--weights", trained.efficientnet_lite0(), "--image", "pictures")
+    done = run(*QUICK, *model, "--batch-sizes", "1", "--iters", "1")
+    assert done.clean, done.stdout
+    shown = re.findall(r"picture +(\w+)\.\w+: (\w+) ([\d.]+) on CPU, (\w+) ([\d.]+) on npu", done.text)
+    labels = {picture: (cpu, npu) for picture, cpu, _, npu, _ in shown}
+    assert labels == {"chelsea": ("tabby",) * 2, "coffee": ("espresso",) * 2, "rocket": ("missile",) * 2}
+    assert all(abs(float(cpu) - float(npu)) < 0.02 for _, _, cpu, _, npu in shown)
+    assert done.marks("top-1") == ["PASS"] and "3 of 3 pictures agree" in done.text
+
+
+def test_without_a_classifier_the_nearest_neighbours_agree(run):
+    weights = ("--weights", trained.dinov2_vit_small(), "--image", *PICTURES.values())
+    done = run(*QUICK, *MODELS["trained ViT"][:2], *weights, "--batch-sizes", "1", "--iters", "1")
+    assert done.clean and done.marks("nearest") == ["PASS"], done.stdout

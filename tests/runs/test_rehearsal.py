@@ -102,7 +102,7 @@ def test_weights_from_a_file_are_the_weights_that_are_used(rehearsal, run, tmp_p
     validate_npu.torch.save({"state_dict": model.state_dict()}, path)
     done = run(*REHEARSAL, "--weights", path)
     assert done.clean
-    assert done.log.facts["weights"] == "file weights.pth"
+    assert done.log.facts["weights"] == "file weights.pth, its state_dict"
     assert done.log.facts["weights SHA-256"] == rehearsal.log.facts["weights SHA-256"]
     assert done.rows("outputs") == rehearsal.rows("outputs"), "and so the outputs are the same"
 

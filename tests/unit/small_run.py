@@ -37,7 +37,8 @@ def after_model_stage(*arguments):
     done = model_stage_done(*arguments)
     run = new_run(*arguments)
     run.model = v.Twin(done.model.cpu, copy.deepcopy(done.model.device))
-    run.images, run.pictures, run.outputs = done.images, done.pictures, done.outputs
+    run.images, run.outputs = done.images, done.outputs
+    run.pictures, run.picture_count = done.pictures, done.picture_count
     run.first = {name: output.copy() for name, output in done.first.items()}
     return run
 

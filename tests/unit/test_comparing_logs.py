@@ -182,18 +182,33 @@ def small_log(stage, *entries):
     return "\n".join(["validate_npu 2.0: test_vit on npu:0", "Lines", "~     date", "", stage, *lines])
 
 
+def one_timing(ms, spread):
+    row = v.THROUGHPUT.row(4, 4000 / ms, ms, ms, ms, ms, spread, ms, "device", ms, None, 5)
+    return small_log("[5/5] throughput", v.THROUGHPUT.header("mode"), v.Entry("~", "float32", row))
+
+
 @pytest.mark.parametrize(
     ("arguments", "slower_by", "outcome"),
     [((), 3.2, PASS), ((), 3.5, FAIL), (("--max-slowdown", "0"), 1.7, PASS), (("--max-slowdown", "0"), 2.0, FAIL)],
 )
 def test_the_spread_of_both_runs_is_allowed_for(arguments, slower_by, outcome):
     """Half of 20 % and of 10 %, beside the 10 % that are allowed anyway: 10 ms may become 13.3."""
+    assert compared(one_timing(10.0, 0.2), one_timing(10.0 + slower_by, 0.1), *arguments)["speed"].mark == outcome
 
-    def text(ms, spread):
-        row = v.THROUGHPUT.row(4, 4000 / ms, ms, ms, ms, ms, spread, ms, "device", ms, None, 5)
-        return small_log("[5/5] throughput", v.THROUGHPUT.header("mode"), v.Entry("~", "float32", row))
 
-    assert compared(text(10.0, 0.2), text(10.0 + slower_by, 0.1), *arguments)["speed"].mark == outcome
+@pytest.mark.parametrize(("times", "outcome"), [(1.0, v.WARN), (3.0, v.WARN), (4.0, v.WARN), (5.0, FAIL)])
+def test_the_check_of_speed_can_always_fail(times, outcome):
+    """Spreads of 95 % excuse any fall of the throughput: that is a WARN, and a median five times as long a FAIL."""
+    speed = compared(one_timing(10.0, 0.95), one_timing(10.0 * times, 0.95))["speed"]
+    assert speed.mark == outcome and ("too large to judge" in speed.problem) == (outcome == v.WARN)
+
+
+@pytest.mark.parametrize("change", [lambda t: "\ufeff" + t, lambda t: t + "\n\n", lambda t: t.replace("\n", "\r\n")])
+def test_a_log_is_read_as_it_comes_back(tmp_path, change):
+    text = one_timing(10.0, 0.1) + "\n\nRESULT: PASS  1 checks"
+    (tmp_path / "log.txt").write_bytes(change(text).encode("utf-8"))
+    read = Log.read(str(tmp_path / "log.txt"))
+    assert read.facts == log(text).facts and read.timings == log(text).timings != {}
 
 
 def test_a_card_that_became_worse_is_found():

@@ -213,3 +213,35 @@ def test_a_control_that_is_not_noticed_fails(run):
 
 def test_a_model_without_a_module_to_alter_has_no_control(run):
     assert [entry.mark for entry in v.compare_control(run, run.images[:1], [])] == [SKIP]
+
+
+# --- what users ask of the result -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("found", "mark", "said"),
+    [
+        ([[0.9, 0.1, 0.0], [0.50, 0.51, 0.0]], PASS, "2 of 2 pictures agree with the CPU; smallest margin 2.00e-02"),
+        ([[0.8, 0.2, 0.0], [0.52, 0.50, 0.0]], PASS, "1 of 2 pictures agree with the CPU"),
+        ([[0.1, 0.9, 0.0], [0.50, 0.51, 0.0]], FAIL, "1 of 2 pictures differ from the CPU by margins up to 8.0e-01"),
+        ([[math.nan, 0.1, 0.0], [0.50, 0.51, 0.0]], FAIL, "1 of 2 pictures differ"),
+    ],
+    ids=["the same", "within what is explained", "beyond it", "NaN"],
+)
+def test_another_answer_fails_where_the_arithmetic_does_not_explain_it(found, mark, said):
+    right = np.array([[0.9, 0.1, 0.0], [0.50, 0.52, 0.0]])
+    entry = v.judge_answers("top-1", ["a.png", "b.png"], right, np.array(found), explained=0.05)
+    assert entry.mark == mark and said in (entry.problem if mark == FAIL else entry.text)
+    assert mark == PASS or entry.problem.endswith(": a.png")
+
+
+def test_a_device_that_mixes_up_the_classes_is_noticed(tmp_path):
+    from PIL import Image
+
+    for i in range(9):  # more than one batch of them
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (50, 50, 3), np.uint8)).save(tmp_path / f"{i}.png")
+    run = after_model_stage("--image", str(tmp_path))
+    assert run.picture_count == 9 and len(run.pictures) == v.PICTURES
+    assert [entry.mark for entry in v.precision_stage(run) if entry.name == "top-1"] == [PASS]
+    alter(run, "head", lambda x: x.roll(1, dims=-1))
+    assert [entry.mark for entry in v.precision_stage(run) if entry.name == "top-1"] == [FAIL]

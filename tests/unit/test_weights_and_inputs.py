@@ -60,7 +60,7 @@ def test_a_checksum_sees_the_last_bit_the_name_the_shape_and_the_type():
 
 
 def test_rope_periods_are_rounded_to_bfloat16_and_kept_in_float32():
-    plain, rounded = (v.load_model(new_run("--model", "test_dinov3", *more).options) for more in ((), ("--rope-bf16",)))
+    plain, rounded = (v.load_model(new_run("--model", "test_dinov3", *more).options)[0] for more in ((), ("--rope-bf16",)))
     before, after = plain.rope.periods, rounded.rope.periods
     assert after.dtype == torch.float32 and torch.equal(after, before.bfloat16().float())
     assert not torch.equal(after, before)
@@ -105,11 +105,68 @@ def test_a_picture_goes_through_the_models_own_transforms(tmp_path):
     for name, picture in (("a.png", values), ("b.png", 255 - values), ("grey.png", values[:, :, 0])):
         Image.fromarray(picture).save(tmp_path / name)
     config = timm.data.resolve_model_data_config(timm.create_model("test_vit"))
-    names = ("a.png", "b.png", "a.png", "grey.png")
-    pictures = v.load_pictures([str(tmp_path / name) for name in names], config)
-    assert pictures.shape == (3, 3, 160, 160), "a picture that is given twice counts once"
+    (tmp_path / "copy-of-a.png").write_bytes((tmp_path / "a.png").read_bytes())
+    given = [tmp_path / "b.png", tmp_path, tmp_path / "gr*.png"]
+    found = dict(v.load_pictures(list(map(str, given)), config))
+    assert list(found) == ["b.png", "a.png", "grey.png"], "files, folders, patterns; the same picture counts once"
     expected = timm.data.create_transform(**config, is_training=False)(Image.fromarray(values))
-    assert torch.equal(pictures[0], expected)
+    assert torch.equal(found["a.png"], expected) and expected.shape == (3, 160, 160)
+
+
+def save_picture(path, mode="RGB", **how):
+    from PIL import Image
+
+    values = np.random.default_rng(1).integers(0, 256, (40, 40, 3), np.uint8)
+    picture = Image.fromarray(values)
+    wide = {"I;16": values[:, :, 0].astype(np.uint16) * 256, "I": values[:, :, 0].astype(np.int32) + 70_000,
+            "F": values[:, :, 0].astype(np.float32) / 255}  # fmt: skip
+    (Image.fromarray(wide[mode]) if mode in wide else picture.convert(mode)).save(path, **how)
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "how"),
+    [
+        ("a.png", "P", {}),
+        ("a.png", "RGBA", {}),
+        ("a.png", "L", {}),
+        ("a.png", "1", {}),
+        ("a.png", "I;16", {}),
+        ("a.jpg", "CMYK", {}),
+        ("a.webp", "RGB", {}),
+        ("a.avif", "RGB", {}),
+        ("a.gif", "P", {}),
+        ("a.tif", "RGB", {"compression": "tiff_deflate"}),
+    ],
+)
+def test_pictures_of_every_kind_are_read(tmp_path, name, mode, how):
+    from PIL import features
+
+    if name[2:] in ("webp", "avif") and not features.check(name[2:]):
+        pytest.skip("this Pillow cannot")
+    save_picture(tmp_path / name, mode, **how)
+    config = timm.data.resolve_model_data_config(timm.create_model("test_vit"))
+    ((_, picture),) = v.load_pictures([str(tmp_path / name)], config)
+    assert picture.shape == (3, 160, 160) and picture.std() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "message"),
+    [
+        ("a.tif", "I", "has lost its values: in 8 bits its mode 'I' is black or white"),
+        ("a.tif", "F", "has lost its values: in 8 bits its mode 'F' is black or white"),
+        ("cut.webp", "RGB", "cannot be read"),
+        ("cut.avif", "RGB", "cannot be read"),
+        ("cut.png", "RGB", "cannot be read"),
+    ],
+)
+def test_a_picture_of_which_nothing_is_left_is_refused_by_name(tmp_path, name, mode, message):
+    path = tmp_path / name
+    save_picture(path, mode)
+    if name.startswith("cut"):
+        path.write_bytes(path.read_bytes()[:400])
+    config = timm.data.resolve_model_data_config(timm.create_model("test_vit"))
+    with pytest.raises(v.CannotRun, match=f"the picture {path} {message}"):
+        list(v.load_pictures([str(path)], config))
 
 
 # --- outputs ----------------------------------------------------------------------------------------------------------
