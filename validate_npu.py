@@ -676,13 +676,12 @@ def load_picture(path: str, transform: Callable) -> torch.Tensor:
 
     try:
         picture = Image.open(path)
-        mode, picture = picture.mode, picture.convert("RGB")
-        levels = max(high - low for low, high in picture.getextrema())
-        picture = transform(picture)
+        low, high = picture.getextrema() if picture.mode[0] in "IF" else (0, 255)  # of wide integers, or floats
+        picture = transform(picture.convert("RGB"))
     except Exception as error:  # each of Pillow's readers has its own
         raise CannotRun(f"the picture {path} cannot be read: {type(error).__name__}: {first_line(error)}") from error
-    if mode[0] in "IF" and levels <= 1:
-        raise CannotRun(f"the picture {path} has lost its values: in 8 bits its mode {mode!r} is black or white")
+    if low < 0 or high > 255 or high <= 1:
+        raise CannotRun(f"the picture {path} has values from {low:g} to {high:g}; in 8 bits it is black or white")
     return picture
 
 
