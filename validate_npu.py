@@ -131,20 +131,53 @@ MOST_ALLOWED = 50  # percent: where two runs' spreads allow throughput to fall b
 class Mode:
     """One way to run the model. All that differs between modes stands here; nothing looks into a name."""
 
-    name: str  # in the log
+    name: str  # in the log, and for --modes
+    base: str  # the name of the mode without graph and queue, which gives the same outputs
     amp: str = ""  # autocast to this type
+    half: str = ""  # weights and inputs are in this type
+    hf32: bool = False  # HF32 (TF32 on CUDA) in matrix products, too
     graph: bool = False  # captured, and replayed
+    queue: bool = False  # TASK_QUEUE_ENABLE=2
 
-    def active(self, device: torch.device) -> contextlib.AbstractContextManager:
-        """The context in which a forward pass runs in this mode."""
-        return torch.autocast(device.type, dtype=getattr(torch, self.amp)) if self.amp else contextlib.nullcontext()
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and inputs."""
+        return getattr(torch, self.half or "float32")
 
-    def as_graph(self) -> Mode:
-        return dataclasses.replace(self, name=f"{self.name}+graph", graph=True)
+    @contextlib.contextmanager
+    def active(self, device: torch.device) -> Iterator[None]:
+        """Inside, a forward pass runs in this mode. For half, model and inputs are to be in its dtype."""
+        switches = list(reduced_fp32_switches(device).values()) if self.hf32 else []
+        before = [getattr(*switch) for switch in switches]
+        try:
+            for switch in switches:
+                setattr(*switch, True)
+            with torch.autocast(device.type, getattr(torch, self.amp)) if self.amp else contextlib.nullcontext():
+                yield
+        finally:
+            for switch, value in zip(switches, before):
+                setattr(*switch, value)
+
+    def lacking(self, device: torch.device) -> str:
+        """Why the device cannot run in this mode, "" where it can."""
+        if not computes_in(device, self.amp or self.half):
+            return f"{device} does not compute in {self.amp or self.half}"
+        if self.hf32 and not (reduced_fp32_switches(device) and computes_in(device, "bfloat16")):
+            return f"{device} has no fp32 with fewer bits"
+        if self.graph and device.type == "cpu":
+            return "a CPU has no graphs to capture"
+        if self.queue and not hasattr(getattr(torch, "npu", None), "set_task_queue_enable"):
+            return "this torch_npu cannot switch its queue while it runs: start with TASK_QUEUE_ENABLE=2 instead"
+        return ""
 
 
-FLOAT32 = Mode("float32")
-AMP = {dtype: Mode(f"amp-{dtype}", amp=dtype) for dtype in ("float16", "bfloat16")}
+FLOAT32 = Mode("float32", "float32")
+BASES = [FLOAT32, Mode("hf32", "hf32", hf32=True)]
+BASES += [Mode(f"amp-{dtype}", f"amp-{dtype}", amp=dtype) for dtype in ("float16", "bfloat16")]
+BASES += [Mode(f"half-{dtype}", f"half-{dtype}", half=dtype) for dtype in ("float16", "bfloat16")]
+HOW = {"": {}, "+graph": {"graph": True}, "+queue2": {"queue": True}}
+MODES = {base.name + how: dataclasses.replace(base, name=base.name + how, **fields)
+         for base in BASES for how, fields in HOW.items()}  # fmt: skip
 
 PROBE_SIZE = 512  # rows and columns of the matrix product of stage 1
 PRECISION_IMAGES, MODULE_IMAGES = 4, 2  # seeded images of stage 4; each costs a forward pass in fp64 on the CPU
@@ -156,6 +189,8 @@ SATURATED_GAIN = 1.05  # --batch-sizes auto ends where twice the batch gives les
 WARMUP_SECONDS = {"cpu": (0.5, 1.0), "accelerator": (1.0, 30.0)}
 TIMED_SECONDS = {"cpu": 5.0, "accelerator": 30.0}
 STEADY, STEADY_BATCHES = 0.02, 10  # steady: the median of 10 batches is within 2 % of the 10 before
+DRIFT_SECONDS, DRIFT = 1.0, 0.05  # the first row again, and how much its median may have moved beside the spreads
+UNDER_LOAD = "the device computes something else under load: check the card's temperature and memory"
 HOST_BOUND = 0.8  # the host is the limit if launching takes this share of the time (as in trtexec)
 DOUBTFUL_SPREAD = 0.1  # interquartile range over median, as in torch.utils.benchmark
 HUB_SECONDS = 10  # for the hub's first answer
@@ -204,15 +239,17 @@ class Run:
     picture_count: int = 0
     first: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # of the first forward pass, of one image
     outputs: np.ndarray | None = None  # model(images) on the device, in fp32
-    embedding_error: float | None = None  # of its worst row, in fp32
-    amp_limits: dict[tuple[str, str], Limit] = dataclasses.field(default_factory=dict)  # by type and output
+    errors: dict[str, float] = dataclasses.field(default_factory=dict)  # by base: of logits or embedding against fp64
+    limits: dict[str, Limit] = dataclasses.field(default_factory=dict)  # by base: how far it may be from fp32
     timings: list[Timing] = dataclasses.field(default_factory=list)
     lost: bool = False  # the device does not compute any more
 
     def __post_init__(self) -> None:
         self.auto = self.options.batch_sizes == ["auto"]
         self.sizes = DEFAULT_BATCH_SIZES if self.auto else self.options.batch_sizes
-        self.amp = [AMP[name] for name in self.options.amp if computes_in(self.device, name)]
+        asked = dict.fromkeys([FLOAT32, *(MODES[name] for name in self.options.modes)])
+        self.lacking = {mode: reason for mode in asked if (reason := mode.lacking(self.device))}
+        self.modes = [mode for mode in asked if mode not in self.lacking]
         warn = max(OPERATOR[arithmetic] for arithmetic in ("float32", *self.documented.values()))
         self.same_input = Limit(warn, SAME_INPUT_FAIL * warn)
 
@@ -222,6 +259,21 @@ class Run:
             yield str(size), self.images[:size]
         if self.pictures is not None:
             yield "pictures", self.pictures
+
+    @contextlib.contextmanager
+    def in_mode(self, mode: Mode) -> Iterator[torch.nn.Module]:
+        """The device's model in this mode. Where its weights are in half, those in fp32 leave the device meanwhile."""
+        if mode.queue:
+            torch.npu.set_task_queue_enable(2)
+        try:
+            yield self.model.device.to(mode.dtype)
+        finally:
+            if mode.half:
+                self.model.device.float()
+                for here, there in zip(tensors_of(self.model.device), tensors_of(self.model.cpu)):
+                    here.data.copy_(there)
+            if mode.queue:
+                torch.npu.set_task_queue_enable(int(os.environ.get("TASK_QUEUE_ENABLE", "1")))
 
     def stage(self, title: str, entries: Iterable[Entry]) -> bool:
         """Do a stage. Nothing is judged on a device that an error has made unusable: a SKIP says so in its place."""
@@ -270,7 +322,7 @@ def head(run: Run) -> None:
         f"weights {os.path.basename(options.weights)}, batch sizes {' '.join(map(str, options.batch_sizes))},"
         f" warm-up {options.warmup}, iterations {options.iters}, seed {options.seed}, pictures {len(options.image)},"
         f" input size {' x '.join(map(str, options.input_size)) or 'default'},"
-        f" amp {' '.join(options.amp) or 'no'}, graph {'yes' if options.graph else 'no'},"
+        f" modes {' '.join(mode.name for mode in [*run.modes, *run.lacking])},"
         f" RoPE periods in {'bfloat16' if options.rope_bf16 else 'float32'}"
     )
     report.add([Entry(FACT, "options", text), Entry(VARIES, "date", time.strftime("%Y-%m-%d %H:%M:%S %z"))])
@@ -281,7 +333,7 @@ def head(run: Run) -> None:
 def device_stage(run: Run) -> Iterator[Entry]:
     """Versions, switches and memory; and a real matrix product, because one that does not start is visible, too."""
     device, free = run.device, None
-    if device.type == "npu" and run.options.graph:
+    if device.type == "npu" and any(mode.graph for mode in run.modes):
         torch.npu.config.allow_internal_format = False  # no graph can hold the convolutions for internal formats
     text = str(device)
     if device.type != "cpu":
@@ -863,13 +915,11 @@ def precision_stage(run: Run) -> Iterator[Entry]:
     """The same weights and images on the device and on the CPU: each output in each mode, then module by module."""
     images = draw_images(PRECISION_IMAGES, run.images.shape[1:], run.options.seed)
     images = images if run.pictures is None else torch.cat([images, run.pictures])
-    for name in run.options.amp:
-        if AMP[name] not in run.amp:
-            yield Entry(SKIP, AMP[name].name, "", f"{run.device} does not compute in it")
+    yield from (Entry(SKIP, mode.name, "", reason) for mode, reason in run.lacking.items())
     started = time.perf_counter()
     plain = forward_outputs(run.model.cpu, images, run.maps)
     cpu_seconds = time.perf_counter() - started
-    cpu = reference_outputs(run, images, plain)
+    cpu = reference_outputs(run, run.probe, images, plain)
     with run.probe.arithmetic():
         modules = compare_modules(run, images[:MODULE_IMAGES])
         control = list(compare_control(run, images[:1], modules))
@@ -894,29 +944,43 @@ class References(NamedTuple):
     own: dict[str, np.ndarray]  # fp32, with both: the yardstick
 
 
-def reference_outputs(run: Run, images: torch.Tensor, plain: dict[str, np.ndarray]) -> References:
+def reference_outputs(run: Run, probe: Probe, images: torch.Tensor, plain: dict[str, np.ndarray]) -> References:
     """What the device should compute, what it would be without its arithmetic, and how far the CPU's fp32 is from it.
 
     plain: the CPU's outputs in fp32. Raises RuntimeError where products are hidden from the reference.
     """
-    own, seen = plain, run.probe.arithmetic()
+    own, seen = plain, probe.arithmetic()
     with seen:
         own = forward_outputs(run.model.cpu, images, run.maps)
-    if run.probe.rounds and (seen.hidden or not seen.rounded):
+    if probe.rounds and (seen.hidden or not seen.rounded):
         raise RuntimeError("the reference did not round all products of this model, although the device rounds")
-    double = copy.deepcopy(run.model.cpu).double()
 
     def outputs(context) -> dict[str, np.ndarray]:
-        with context:
+        with widened(run.model.cpu) as double, context:
             return forward_outputs(double, images.double(), run.maps)
 
     exact = rounded = gelu = outputs(contextlib.nullcontext())
     if seen.rounded:
-        rounded = outputs(imitation(run.probe.of, {}))
+        rounded = outputs(imitation(probe.of, {}))
     if seen.gelus:
-        gelu = outputs(imitation(lambda *_: EXACT, run.probe.gelu))
-    device = outputs(run.probe.arithmetic()) if seen.rounded and seen.gelus else gelu if seen.gelus else rounded
+        gelu = outputs(imitation(lambda *_: EXACT, probe.gelu))
+    device = outputs(probe.arithmetic()) if seen.rounded and seen.gelus else gelu if seen.gelus else rounded
     return References(exact, rounded, gelu, device, plain, own if seen.rounded or seen.gelus else plain)
+
+
+@contextlib.contextmanager
+def widened(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """Inside, the model computes in fp64, without a second copy of its weights. After it they are what they were."""
+    dtypes = [tensor.dtype for tensor in tensors_of(model)]
+    try:
+        yield model.double()
+    finally:
+        for tensor, dtype in zip(tensors_of(model), dtypes):
+            tensor.data = tensor.data.to(dtype)
+
+
+def tensors_of(model: torch.nn.Module) -> list[torch.Tensor]:
+    return [*model.parameters(), *model.buffers()]
 
 
 def compare_modes(run: Run, images: torch.Tensor, cpu: References, first: str) -> Iterator[Entry]:
@@ -924,31 +988,67 @@ def compare_modes(run: Run, images: torch.Tensor, cpu: References, first: str) -
     yield ERRORS.header("in that arithmetic")
     if run.device.type == "cpu":
         yield Entry(FACT, "note", "a rehearsal compares the CPU with itself")
-    begins = f"it begins in {first}" if first else "amplified by the model, or outside the modules, which are all right"
-    inputs = images.to(run.device)
-    for mode in [FLOAT32, *run.amp]:
-        with mode.active(run.device):
-            outputs = forward_outputs(run.model.device, inputs, run.maps)
-        reference, own = (cpu.gelu, amp_yardstick(run, mode, images)) if mode.amp else (cpu.device, cpu.own)
+    main = "logits" if "logits" in cpu.exact else "embedding"
+    for mode in dict.fromkeys(MODES[mode.base] for mode in [FLOAT32, *run.modes]):
+        try:
+            outputs = device_outputs(run, mode, images)
+            reference, own, residual = mode_reference(run, mode, images, cpu)
+        except RuntimeError as error:
+            if mode == FLOAT32 or not still_computes(run.device):
+                raise
+            yield Entry(FAIL, mode.name, "", explain(error), DEVICE_LOG)  # one mode that fails does not end the others
+            continue
+        marks = []
         for name, output in outputs.items():
-            found, yardstick = compare(output, reference[name]), compare(own[name], reference[name]).row
-            floor, cost = (compare(other[name], cpu.exact[name]).row for other in (cpu.plain, reference))
-            limit = residual_limit(yardstick, floor, cost)
-            if mode.amp:
-                limit = Limit(AMP_WARN * yardstick, AMP_FAIL * yardstick)
-                run.amp_limits[mode.amp, name] = limit
-            against = compare(output, cpu.exact[name]).row, cost, yardstick
-            entry = judged(name, mode.name, found, limit, f"{begins}; {DEVICE_LOG}", against=against)
-            if not math.isfinite(yardstick) or floor > CANNOT_JUDGE and math.isfinite(found.row):
-                entry = not_judged(entry, mode, floor)
-                run.report.unjudged += 1
-            elif entry.mark == FAIL and not first and found.size <= AMPLIFIED:
-                entry = entry._replace(mark=WARN)
+            entry = judge_mode(run, mode, (name, output, reference[name], own[name], residual), cpu, first)
+            marks.append(entry.mark)
             yield entry
+        if FAIL not in marks:
+            run.errors[mode.base] = compare(outputs[main], cpu.exact[main]).row
+        apart = compare(reference[main] if residual else own[main], cpu.device[main]).row
+        run.limits[mode.base] = Limit(AMP_WARN * apart, AMP_FAIL * apart) if apart else run.same_input
         if mode == FLOAT32:
-            run.embedding_error = compare(outputs["embedding"], cpu.exact["embedding"]).row
             published = list(published_figures(run, outputs["embedding"], cpu))
     yield from published
+
+
+def device_outputs(run: Run, mode: Mode, images: torch.Tensor) -> dict[str, np.ndarray]:
+    with run.in_mode(mode) as model, mode.active(run.device):
+        return forward_outputs(model, images.to(run.device, mode.dtype), run.maps)
+
+
+def mode_reference(run: Run, mode: Mode, images: torch.Tensor, cpu: References) -> tuple[dict, dict, bool]:
+    """What a mode's outputs are compared with, the CPU's own that are the yardstick, and whether the residual is judged.
+
+    In half precision the CPU in the same mode, with the device's form of GELU, is the yardstick.
+    """
+    if mode == FLOAT32:
+        return cpu.device, cpu.own, True
+    if mode.hf32:
+        with mode.active(run.device):
+            other = reference_outputs(run, Probe(run.device, run.options.seed), images, cpu.plain)
+        return other.device, other.own, True
+    host = torch.device("cpu")
+    model = copy.deepcopy(run.model.cpu).to(mode.dtype) if mode.half else run.model.cpu
+    with imitation(lambda *_: EXACT, run.probe.gelu), mode.active(host):
+        return cpu.gelu, forward_outputs(model, images.to(mode.dtype), run.maps), False
+
+
+def judge_mode(run: Run, mode: Mode, output: tuple, cpu: References, first: str) -> Entry:
+    """A line of the table. output: its name, the device's, its reference, the CPU's own, and whether by the residual."""
+    name, actual, reference, own, residual = output
+    found, yardstick = compare(actual, reference), compare(own, reference).row
+    floor, cost = (compare(other, cpu.exact[name]).row for other in (cpu.plain[name], reference))
+    limit = residual_limit(yardstick, floor, cost) if residual else Limit(AMP_WARN * yardstick, AMP_FAIL * yardstick)
+    against = compare(actual, cpu.exact[name]).row, cost, yardstick
+    begins = f"it begins in {first}" if first else "amplified by the model, or outside the modules, which are all right"
+    entry = judged(name, mode.name, found, limit, f"{begins}; {DEVICE_LOG}", against=against)
+    if not math.isfinite(yardstick) or floor > CANNOT_JUDGE and math.isfinite(found.row):
+        run.report.unjudged += 1
+        return not_judged(entry, mode, floor)
+    if entry.mark == FAIL and not first and found.size <= AMPLIFIED:
+        return entry._replace(mark=WARN)
+    return entry
 
 
 def residual_limit(own: float, plain: float, cost: float) -> Limit:
@@ -957,18 +1057,12 @@ def residual_limit(own: float, plain: float, cost: float) -> Limit:
     return Limit(*(min(times * own, times * plain + share * cost) for times, share in zip(RESIDUAL, COST)))
 
 
-def amp_yardstick(run: Run, mode: Mode, images: torch.Tensor) -> dict[str, np.ndarray]:
-    """The outputs of the CPU's autocast in the same type, with the device's form of GELU."""
-    with imitation(lambda *_: EXACT, run.probe.gelu), mode.active(torch.device("cpu")):
-        return forward_outputs(run.model.cpu, images, run.maps)
-
-
 def not_judged(entry: Entry, mode: Mode, floor: float) -> Entry:
     """The line of an output about which the CPU cannot say anything."""
     if floor > CANNOT_JUDGE:
         problem = f"not judged: the CPU's own fp32 is as far off ({floor:.1e})"
         return entry._replace(mark=WARN, problem=problem, advice="use weights for which fp32 is enough")
-    problem = f"not judged: it overflows in {mode.amp} on the CPU as well"
+    problem = f"not judged: it overflows in {mode.amp or mode.half} on the CPU as well"
     return entry._replace(mark=WARN, problem=problem, advice="the model's range is too large for float16: use bfloat16")
 
 
@@ -1010,8 +1104,8 @@ def judge_answers(what: str, names: list[str], right: np.ndarray, found: np.ndar
     lost[~np.isfinite(found).all(axis=1)] = np.inf
     wrong = np.flatnonzero(lost > explained)
     agree = int(np.sum(chosen == order[:, 0]))
-    text = f"{agree} of {len(right)} pictures agree with the CPU; smallest margin {margins.min():.2e}"
-    text += f", below {explained:.1e} either may be chosen"
+    text = f"{agree} of {len(right)} pictures agree with the CPU; smallest margin {margins.min():.2e}, and below"
+    text += f" {explained:.1e} either may be chosen"
     problem = f"{len(wrong)} of {len(right)} pictures differ from the CPU by margins up to {lost.max():.1e}, of which the"
     problem += f" arithmetic explains {explained:.1e}: {', '.join(names[i] for i in wrong[:5])}"
     return Entry(FAIL if len(wrong) else PASS, what, text, problem, DEVICE_LOG)
@@ -1347,17 +1441,21 @@ def kind_of_product(function, args: tuple, first: int) -> tuple[tuple[str, str],
 
 def throughput_stage(run: Run) -> Iterator[Entry]:
     """The time of a batch for each mode and batch size, what it means, and that the timed outputs are right."""
-    if run.options.graph and run.device.type == "cpu":
-        yield Entry(SKIP, "graph", "", "a CPU has no graphs to capture")
-    flops = count_flops(run.model.cpu, run.images.shape[1:])
+    flops = count_flops(run)
     yield THROUGHPUT.header("mode")
     for timing in time_all(run, None if run.auto else run.sizes):
         run.timings.append(timing)
         yield judge_timing(timing, run)
-    for group in by_mode(run.timings):
+    groups = by_mode(run.timings)
+    for group in groups:
         yield from explain_throughput(group, flops, run.device, chip_name(run.device))
-    yield from chart(run.timings)
-    yield from judge_timed_outputs(run, run.timings)
+    if groups:
+        yield from drift(run, groups[0][0])
+        yield from fastest_mode(run, groups)
+        yield from chart(run.timings)
+        yield from judge_timed_outputs(run, run.timings)
+        if run.options.duration:
+            yield from sustained_load(run, max(sum(groups, []), key=lambda timing: timing.throughput))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1374,6 +1472,7 @@ class Timing:
     output: np.ndarray | None = None  # of the last batch
     difference: Difference | None = None  # of the timed output that is furthest from its reference
     problem: str = ""
+    outcome: str = WARN  # of the problem
 
     @property
     def throughput(self) -> float:
@@ -1408,10 +1507,13 @@ def time_batch(forward: Callable, inputs: torch.Tensor, device: torch.device) ->
     return 1000 * (launched - start), 1000 * (done - start), output
 
 
-def time_batches(run: Run, mode: Mode, forward: Callable, inputs: torch.Tensor, reference: np.ndarray) -> Timing:
+def time_batches(
+    run: Run, mode: Mode, forward: Callable, inputs: torch.Tensor, reference: np.ndarray, seconds: float
+) -> Timing:
     """Warm up, and time batches, each synchronized. Each timed output is compared while no clock runs.
 
-    forward: the model in this mode. inputs: (B, 3, H, W) on the device. reference: the outputs that are right.
+    forward: the model in this mode. inputs: (B, 3, H, W) on the device. reference: the outputs that are right. seconds:
+    of timing, without a warm-up; 0: as the options say.
     """
     from tqdm import tqdm
 
@@ -1419,10 +1521,12 @@ def time_batches(run: Run, mode: Mode, forward: Callable, inputs: torch.Tensor, 
     kind = "cpu" if device.type == "cpu" else "accelerator"
     first_ms = time_batch(forward, inputs, device)[1]
     steady = True
-    if options.warmup:  # 0 means none
+    if options.warmup and not seconds:  # 0 means none
         steady = warm_up(lambda: time_batch(forward, inputs, device)[1], options.warmup, *WARMUP_SECONDS[kind])
-    host_ms, total_ms, worst, end = [], [], compare(reference, reference), time.perf_counter() + TIMED_SECONDS[kind]
-    for _ in tqdm(range(options.iters), desc=f"{mode.name}, batch {len(inputs)}", leave=False, disable=None):
+    host_ms, total_ms, worst = [], [], compare(reference, reference)
+    end = time.perf_counter() + (seconds or TIMED_SECONDS[kind])
+    batches = itertools.count() if seconds else range(options.iters)
+    for _ in tqdm(batches, desc=f"{mode.name}, batch {len(inputs)}", leave=False, disable=None):
         host, total, output = time_batch(forward, inputs, device)
         host_ms.append(host)
         total_ms.append(total)
@@ -1448,22 +1552,13 @@ def warm_up(run_batch: Callable[[], float], count: int, least: float, most: floa
 
 def time_all(run: Run, sizes: list[int] | None) -> Iterator[Timing]:
     """Every mode with every batch size. sizes None: doubled until throughput gains nothing or memory ends."""
-    modes = [FLOAT32, *run.amp]
-    if run.options.graph and run.device.type != "cpu":
-        modes += [mode.as_graph() for mode in modes]
-    eager = {}  # (amp, batch) -> output of the mode without graph, which that of the graph must equal
-    for mode in modes:
+    eager = {}  # (base, batch) -> output of the mode without graph and queue, which that of the others must equal
+    for mode in run.modes:
         previous = None
         for size in sizes or (2**i for i in range(MAX_AUTO_BATCH.bit_length())):
-            try:
-                timing = time_size(run, mode, size, eager.get((mode.amp, size)))
-            except CannotCapture as problem:
-                timing = Timing(mode, size, problem=str(problem))
-            except RuntimeError as error:
-                if not out_of_memory(error):
-                    raise
-                timing = Timing(mode, size, problem=OUT_OF_MEMORY)
-            eager.setdefault((mode.amp, size), timing.output)
+            with run.in_mode(mode):
+                timing = try_to_time(run, mode, size, eager.get((mode.base, size)))
+            eager.setdefault((mode.base, size), timing.output)
             yield timing
             if timing.problem:
                 require_working(run.device, f"{mode.name}, batch {size}: {timing.problem}")
@@ -1474,13 +1569,27 @@ def time_all(run: Run, sizes: list[int] | None) -> Iterator[Timing]:
     synchronize(run.device)  # a fault that is first seen when python exits would come after the verdict
 
 
-def time_size(run: Run, mode: Mode, size: int, expected: np.ndarray | None) -> Timing:
-    """Time one batch size. Its images are those of stage 3, again and again where it is larger.
+def try_to_time(run: Run, mode: Mode, size: int, expected: np.ndarray | None) -> Timing:
+    """Time one batch size, or say why not: one mode that fails does not end the others."""
+    try:
+        return time_size(run, mode, size, expected)
+    except CannotCapture as problem:
+        return Timing(mode, size, problem=str(problem), outcome=SKIP)
+    except RuntimeError as error:
+        if out_of_memory(error):
+            return Timing(mode, size, problem=OUT_OF_MEMORY)
+        if mode == FLOAT32 or not still_computes(run.device):
+            raise
+        return Timing(mode, size, problem=explain(error), outcome=FAIL)
 
-    expected: the outputs that are right; None: those of stage 3.
+
+def time_size(run: Run, mode: Mode, size: int, expected: np.ndarray | None, seconds: float = 0.0) -> Timing:
+    """Time one batch size in a mode that the model is in. Its images are stage 3's, again and again where it is larger.
+
+    expected: the outputs that are right; None: those of stage 3. seconds: how long, in place of --iters and a warm-up.
     """
     rows = [i % len(run.images) for i in range(size)]
-    inputs = run.images[rows].to(run.device)
+    inputs = run.images[rows].to(run.device, mode.dtype)
     reference = run.outputs[[row % len(run.outputs) for row in rows]] if expected is None else expected
 
     def forward(images):  # the context is entered for each call, as a program does
@@ -1496,7 +1605,7 @@ def time_size(run: Run, mode: Mode, size: int, expected: np.ndarray | None) -> T
         started = time.perf_counter()
         forward = captured(forward, inputs, run.device) if mode.graph else forward
         capture_ms = 1000 * (time.perf_counter() - started)
-        timing = time_batches(run, mode, forward, inputs, reference)
+        timing = time_batches(run, mode, forward, inputs, reference, seconds)
     return dataclasses.replace(timing, first_ms=timing.first_ms + capture_ms)
 
 
@@ -1551,7 +1660,7 @@ def constant_rope(model: torch.nn.Module):
             del rope.get_embed
 
 
-def count_flops(model: torch.nn.Module, size: tuple[int, int, int]) -> int | None:
+def count_flops(run: Run) -> int | None:
     """Floating point operations of one image's forward pass; None where the model does not run without data.
 
     On meta tensors, where attention is counted as its matrix products: the CPU's fused kernel is not counted at all.
@@ -1559,8 +1668,10 @@ def count_flops(model: torch.nn.Module, size: tuple[int, int, int]) -> int | Non
     from torch.utils.flop_counter import FlopCounterMode
 
     try:
+        with torch.device("meta"):
+            model = create_model(run.options).eval()
         with FlopCounterMode(display=False) as counter, torch.inference_mode():
-            copy.deepcopy(model).to("meta")(torch.empty(1, *size, device="meta"))
+            model(torch.empty(1, *run.images.shape[1:], device="meta"))
         return counter.get_total_flops()
     except Exception:  # a model may do anything with a tensor that has no data
         return None
@@ -1579,7 +1690,7 @@ def judge_timing(timing: Timing, run: Run) -> Entry:
         problem = f"batch {timing.batch}: {OUT_OF_MEMORY}"
         return Entry(VARIES if run.auto else WARN, name, "", problem, FREE_MEMORY)
     if timing.problem:
-        return Entry(SKIP, name, "", timing.problem)
+        return Entry(timing.outcome, name, "", timing.problem, DEVICE_LOG)
     latencies = *np.percentile(timing.total_ms, (50, 90, 99)), max(timing.total_ms)
     limit = "-" if run.device.type == "cpu" else "host" if timing.host_bound else "device"
     host, peak = statistics.median(timing.host_ms), timing.peak_bytes and timing.peak_bytes / MIB
@@ -1609,15 +1720,66 @@ def explain_throughput(timings: list[Timing], flops: int | None, device: torch.d
         peak = fp16_peak(chip)
         share = f", {rate / peak:.2%} of the {peak} that {chip} has in fp16" if peak else ""
         yield note("TFLOP/s", f"{rate:.3f} at batch {best.batch}{share}")
+    else:
+        yield note("TFLOP/s", "-, the operations of this model could not be counted")
     if device.type != "cpu" and (bound := sizes(lambda timing: timing.host_bound)):
         meaning = f"launching takes over {HOST_BOUND:.0%} of the time, so the device waits"
-        advice = "larger batches are nearly free, --graph or a faster CPU help"
+        advice = "larger batches are nearly free, +graph or a faster CPU help"
         yield note("host-bound", f"batch {bound}: {meaning}; {advice}")
     if doubtful := sizes(lambda timing: timing.spread > DOUBTFUL_SPREAD):
         advice = "is the host or the card shared? bind to cores (CPU_AFFINITY_CONF), raise --iters"
         yield note("doubtful", f"batch {doubtful}: spread over {DOUBTFUL_SPREAD:.0%}; {advice}")
     if unsteady := sizes(lambda timing: not timing.steady):
         yield note("not steady", f"batch {unsteady}: the warm-up ended before the latency had settled to {STEADY:.0%}")
+
+
+def drift(run: Run, first: Timing) -> Iterator[Entry]:
+    """The first row once more, at the end of the stage: does what was called steady still hold?"""
+    with run.in_mode(first.mode):
+        seconds = min(DRIFT_SECONDS, sum(first.total_ms) / 1000)
+        again = time_size(run, first.mode, first.batch, None, seconds)
+    before, after = (statistics.median(timing.total_ms) for timing in (first, again))
+    if abs(after / before - 1) > max(DRIFT, (first.spread + again.spread) / 2):
+        text = f"p50 {before:.5g} ms at first, {after:.5g} ms at the end of this stage ({after / before - 1:+.0%})"
+        advice = "the clock moves, so no row here is steady; --duration shows for how long"
+        yield Entry(VARIES, "drift", f"{first.mode.name}, batch {first.batch}: {text}: {advice}")
+
+
+def fastest_mode(run: Run, groups: list[list[Timing]]) -> Iterator[Entry]:
+    """For each mode its fastest batch size, beside its error; and which mode is the fastest within --max-error."""
+    yield ANSWER.header("fastest of each mode")
+    best = [max(group, key=lambda timing: timing.throughput) for group in groups]
+    for timing in best:
+        gain, error = timing.throughput / best[0].throughput, run.errors.get(timing.mode.base)
+        yield Entry(VARIES, timing.mode.name, ANSWER.row(f"batch {timing.batch}", timing.throughput, gain, error))
+    accepted = [timing for timing in best if run.errors.get(timing.mode.base, math.inf) <= run.options.max_error]
+    limit = f"within --max-error {run.options.max_error:g} (relative L2 against fp64)"
+    if not accepted:
+        yield Entry(VARIES, "fastest", f"no mode is {limit}")
+        return
+    fastest = max(accepted, key=lambda timing: timing.throughput)
+    gain = f"{fastest.throughput / best[0].throughput:.2f} times {best[0].mode.name}"
+    yield Entry(VARIES, "fastest", f"{fastest.mode.name} with batch {fastest.batch} {limit}: {gain}")
+
+
+def sustained_load(run: Run, best: Timing) -> Iterator[Entry]:
+    """The fastest mode and batch size for --duration seconds: is it slower at the end, and are its outputs right?"""
+    with run.in_mode(best.mode):
+        timing = time_size(run, best.mode, best.batch, None, run.options.duration)
+    tenth = max(1, len(timing.total_ms) // 10)
+    parts = [dataclasses.replace(timing, total_ms=part) for part in (timing.total_ms[:tenth], timing.total_ms[-tenth:])]
+    for name, part in zip(("first", "last"), parts):
+        p99 = np.percentile(part.total_ms, 99)
+        text = f"{name} tenth of {run.options.duration} s: {part.throughput:.2f} images/s, p99 {p99:.5g} ms"
+        yield Entry(VARIES, "sustained", f"{best.mode.name}, batch {best.batch}: {text}")
+    slower = 1 - parts[1].throughput / parts[0].throughput
+    outcome = WARN if slower > max(DRIFT, sum(part.spread for part in parts) / 2) else PASS
+    problem = f"slower under sustained load: by {slower:.0%} after {run.options.duration} s"
+    yield Entry(outcome, "sustained load", "" if outcome == WARN else "no slower at its end", problem,
+                "watch temperature, power and clock with npu-smi info")  # fmt: skip
+    yield ERRORS.header("timed outputs")
+    limit = run.limits.get(best.mode.base, run.same_input)
+    yield judged(best.mode.name, "sustained", timing.difference, limit, UNDER_LOAD)
 
 
 def chart(timings: list[Timing]) -> Iterator[Entry]:
@@ -1634,13 +1796,13 @@ def chart(timings: list[Timing]) -> Iterator[Entry]:
 def judge_timed_outputs(run: Run, timings: list[Timing]) -> Iterator[Entry]:
     """Whether the timed outputs are those of stage 3 in fp32, and those of a graph the ones of its mode without."""
     yield ERRORS.header("timed outputs")
+    eager = {(timing.mode.base, timing.batch) for timing in timings if timing.mode.name == timing.mode.base}
     for group in by_mode(timings):
         mode, worst = group[0].mode, max(group, key=lambda timing: timing.difference.size)
-        advice = "the device computes something else under load: check the card's temperature and memory"
-        reference = "eager" if mode.graph else "stage 3"
-        limit = run.amp_limits.get((mode.amp, "logits" if "logits" in run.first else "embedding"), run.same_input)
+        reference = "eager" if mode.name != mode.base and (mode.base, worst.batch) in eager else "stage 3"
+        limit = run.limits.get(mode.base, run.same_input) if mode.base != FLOAT32.base else run.same_input
         where = f"batch {worst.batch}" if worst.difference.max_abs else None
-        yield judged(mode.name, f"against {reference}", worst.difference, limit, advice, where=where)
+        yield judged(mode.name, f"against {reference}", worst.difference, limit, UNDER_LOAD, where=where)
 
 
 # --- Several cards, under torchrun ------------------------------------------------------------------------------------
@@ -1764,7 +1926,7 @@ def cards_stage(run: Run) -> Iterator[Entry]:
     )
     place = run.cards.host, str(run.device), chip_name(run.device)
     checks = [(entry.mark, entry.name) for entry in run.report.checks]
-    card = Card(f"card {run.cards.rank}", place, run.outputs, run.embedding_error, checks, alone, together)
+    card = Card(f"card {run.cards.rank}", place, run.outputs, run.errors.get(FLOAT32.base), checks, alone, together)
     yield from judge_cards(run.cards.gather("cards", card), run.same_input)
 
 
@@ -2503,6 +2665,7 @@ ERRORS = Table("what:<15", "fp64:>7.1e", "cost:>7.1e", "cpu:>7.1e", "row:>7.1e",
 THROUGHPUT = Table("batch:>5", "images/s:>9.2f", "p50_ms:>6.5g", "p90_ms:>6.5g", "p99_ms:>6.5g", "max_ms:>6.5g",
                    "spread:>6.1%", "host_ms:>7.5g", "limit:>6", "first_ms:>8.0f", "peak_MiB:>8.0f",
                    "iters:>5")  # fmt: skip
+ANSWER = Table("at:<9", "images/s:>9.2f", "speed-up:>8.2f", "rel_L2_fp64:>11.1e")
 CHART_WIDTH = 30
 CHART = Table("mode:<18", "batch:>5", f"images/s:<{CHART_WIDTH}", f"p50_ms:<{CHART_WIDTH}")
 CARDS = Table("node:>4", "device:<7", "checks:>6", "failed:>6", "warned:>6", "embedding_row:>13.1e", "chip:<1")
@@ -2705,6 +2868,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     size = checked(r"auto|0*[1-9]\d*", "a whole number from 1 on", lambda text: text if text == "auto" else int(text))
     device = checked(r"cpu|[a-z]+(:[0-9]{1,4})?", "a device; examples: npu, npu:1, cpu, cuda:0")
     percent = checked(r"\d+(\.\d+)?", "a percentage", float)
+    number = checked(r"\d*\.?\d+(e-?\d+)?", "a number", float)
+    known = f"a mode; there are {', '.join(mode.name for mode in BASES)}, each also with +graph or +queue2"
+    mode = checked("|".join(map(re.escape, MODES)), known)
     parser = argparse.ArgumentParser(
         description="Validate a timm model on a Huawei Ascend NPU, and write a log that shows it.",
         epilog="exit status: 0 every check passed, 1 a check failed, 2 the run could not be done",
@@ -2722,8 +2888,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--warmup", default=10, type=natural, metavar="N", help=warmup_help)
     add("--iters", default=100, type=positive, metavar="N", help="timed batches of each size (default: %(default)s)")
     add("--image", default=[], nargs="+", metavar="FILE", help="pictures to validate, folders or patterns")
-    add("--amp", default=[], nargs="+", choices=list(AMP), help="also validate and time under autocast")
-    add("--graph", action="store_true", help="also time the forward pass captured as an NPU (or CUDA) graph")
+    modes_help = f"also validate and time, beside float32: {', '.join(mode.name for mode in BASES)}, each also with"
+    modes_help += " +graph (an NPU or CUDA graph) or +queue2 (TASK_QUEUE_ENABLE=2)"
+    add("--modes", default=[], type=mode, nargs="+", metavar="MODE", help=modes_help)
+    error_help = "relative L2 error that you accept, for the fastest mode (default: %(default)s)"
+    add("--max-error", default=1e-2, type=number, metavar="X", help=error_help)
+    duration_help = "then run the fastest mode that long"
+    add("--duration", default=0, type=positive, metavar="SECONDS", help=duration_help)
     add("--rope-bf16", action="store_true", help="round the RoPE periods to bfloat16, as the original DINOv3")
     add("--strict", action="store_true", help="a WARN also ends with exit status 1")
     add("--seed", default=0, type=natural, metavar="N", help="of random images and weights (default: %(default)s)")

@@ -93,7 +93,8 @@ def test_every_line_that_calls_the_devices_api_ran_here(tmp_path):
 
     data = tmp_path / "coverage"
     launcher = ["-m", "coverage", "run", "--append", f"--data-file={data}", f"--include={SCRIPT}", WITH_TEST_MODELS]
-    arguments = (*QUICK, "--warmup", "1", "--amp", "bfloat16", "--graph")
+    modes = ("--modes", "hf32", "amp-bfloat16", "half-bfloat16", "float32+graph", "float32+queue2")
+    arguments = (*QUICK, "--warmup", "1", *modes)
     assert start((*arguments, "--model", "test_dinov3"), tmp_path, environment(), launcher).clean
     lacking = (*arguments, "--model", "test_vit_that_waits", "--batch-sizes", "1", "8192")  # a graph, and memory
     assert start(lacking, tmp_path, environment(MEMORY="40M"), launcher).status == 0
@@ -157,7 +158,7 @@ def test_a_device_that_misbehaves_fails_with_a_message(run, knobs, failures):
 
 def test_a_chip_without_fp32_and_bfloat16_in_its_matrix_unit_passes(run):
     """The 310P computes fp32 matrix products in float16; its convolutions are not emulated."""
-    model = ("--model", "test_vit_without_convolution", "--amp", "bfloat16", "float16")
+    model = ("--model", "test_vit_without_convolution", "--modes", "amp-bfloat16", "amp-float16")
     done = run(*QUICK, *model, SOC="Ascend310P3", env={"INF_NAN_MODE_ENABLE": "0"})
     assert done.clean, done.stdout
     assert done.log.facts["overflow"].startswith("ends at the largest number")
@@ -199,7 +200,7 @@ def test_nothing_is_judged_on_a_device_that_is_lost(run, knobs, stage, skipped):
 
 
 def test_a_capture_that_fails_leaves_the_stream_and_the_other_modes_as_they_were(run):
-    arguments = ("--model", "test_vit_that_waits", "--graph", "--amp", "bfloat16")
+    arguments = ("--model", "test_vit_that_waits", "--modes", "float32+graph", "amp-bfloat16", "amp-bfloat16+graph")
     done = run(*QUICK, *arguments)
     assert done.clean, done.stdout
     assert done.marks("float32+graph") == done.marks("amp-bfloat16+graph") == ["SKIP"]

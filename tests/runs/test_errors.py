@@ -91,7 +91,7 @@ def is_told(done, message):
         (["--batch-sizes", "auto", "4"], "--batch-sizes auto stands alone"),
         (["--max-slowdown", "nan"], "'nan' is not a percentage"),
         (["--timeout", "0"], "'0' is not a whole number from 1 on"),
-        (["--amp", "float64"], "invalid choice: 'float64' (choose from"),
+        (["--modes", "amp-float64"], "'amp-float64' is not a mode; there are float32, hf32, amp-float16,"),
         (["--rope-bf16"], "--rope-bf16: this model has no RoPE periods"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -41,7 +41,7 @@ CASES = [pytest.param(*case, marks=[] if case in SAMPLE else pytest.mark.full) f
 @pytest.mark.parametrize(("model", "hf32", "gelu", "perturb"), CASES)
 def test_a_healthy_device_passes_without_a_warning(run, model, hf32, gelu, perturb):
     weights = ("--weights", WEIGHTS[model]()) if model in WEIGHTS else ()
-    amp = ("--amp", "float16", "bfloat16")
+    amp = ("--modes", "amp-float16", "amp-bfloat16")
     done = run(*QUICK, *MODELS[model], *weights, *amp, GELU=gelu, PERTURB=perturb, **HF32[hf32])
     assert done.clean, done.stdout
     bits = {

@@ -69,7 +69,7 @@ def test_a_signal_ends_the_run_while_packages_are_imported(tmp_path):
 
 def test_a_signal_ends_the_run_in_a_stage_and_what_failed_so_far_is_listed(tmp_path):
     """NaN in each LayerNorm: stage 3 fails, and the signal comes in stage 4."""
-    run = Process(tmp_path, *SMALL, "--amp", "float16", env=environment(FAULT="LayerNorm:nan", KERNEL_TIME="*=5"))
+    run = Process(tmp_path, *SMALL, "--modes", "amp-float16", env=environment(FAULT="LayerNorm:nan", KERNEL_TIME="*=5"))
     run.wait_for("[4/5] precision")
     run.process.send_signal(signal.SIGTERM)
     is_interrupted(run, signal.SIGTERM, "precision")

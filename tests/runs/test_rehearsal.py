@@ -37,7 +37,7 @@ def test_no_line_shows_a_path_or_an_address_of_this_machine(rehearsal):
 
 
 def test_no_line_is_too_long_for_a_terminal_whether_all_passes_or_everything_fails(rehearsal, run):
-    failing = run(*SMALL, "--model", "test_dinov3", "--amp", "float16", "bfloat16", FAULT="Addmm:nan")
+    failing = run(*SMALL, "--model", "test_dinov3", "--modes", "amp-float16", "amp-bfloat16", FAULT="Addmm:nan")
     assert failing.status == 1 and len(failing.failures) > 20
     for done in (rehearsal, failing):
         assert max(map(len, done.text.splitlines())) <= 120

@@ -74,7 +74,7 @@ def test_the_loop_around_the_batches_costs_nothing():
     with v.torch.inference_mode():
         images = v.torch.randn(2048, 512)
         reference = model(images).numpy()
-        timing = v.time_batches(small_run("--iters", 60), v.FLOAT32, forward, images, reference)
+        timing = v.time_batches(small_run("--iters", 60), v.FLOAT32, forward, images, reference, 0)
     assert statistics.median(timing.total_ms) / statistics.median(inside[-60:]) == pytest.approx(1, abs=0.01)
 
 
@@ -123,7 +123,8 @@ def test_auto_ends_where_memory_does(run):
 
 @pytest.mark.timing
 def test_a_captured_graph_takes_the_host_out_and_gives_the_same_outputs(emulated):
-    done = emulated("--batch-sizes", "2", "--graph", "--amp", "float16", model="test_vit_with_a_slow_host")
+    done = emulated("--batch-sizes", "2", "--modes", "amp-float16", "float32+graph", "amp-float16+graph",
+                    model="test_vit_with_a_slow_host")  # fmt: skip
     rows = times(done)
     assert list(rows) == [("float32", 2), ("amp-float16", 2), ("float32+graph", 2), ("amp-float16+graph", 2)]
     for mode in ("float32", "amp-float16"):
@@ -132,15 +133,15 @@ def test_a_captured_graph_takes_the_host_out_and_gives_the_same_outputs(emulated
 
 
 def test_the_default_models_family_can_be_captured_although_its_rope_copies_from_the_host(emulated):
-    done = emulated("--batch-sizes", "1", "--graph", model="test_dinov3")
+    done = emulated("--batch-sizes", "1", "--modes", "float32+graph", model="test_dinov3")
     assert list(times(done)) == [("float32", 1), ("float32+graph", 1)]
     assert done.log.marks["[5/5] throughput", "float32+graph", "against_eager"] == "PASS"
 
 
 def test_what_the_device_or_the_model_does_not_support_is_a_line(run):
-    on_cpu = run(*REHEARSAL, "--graph")
-    assert on_cpu.status == 0 and on_cpu.marks("graph") == ["SKIP"]
-    done = run(*QUICK, "--batch-sizes", "1", "--model", "test_vit_that_waits", "--graph")
+    on_cpu = run(*REHEARSAL, "--modes", "float32+graph", "hf32")
+    assert on_cpu.status == 0 and on_cpu.marks("float32+graph") == on_cpu.marks("hf32") == ["SKIP"]
+    done = run(*QUICK, "--batch-sizes", "1", "--model", "test_vit_that_waits", "--modes", "float32+graph")
     assert done.status == 0 and "SKIP" in done.marks("float32+graph"), done.stdout
     reason = "error code 107030, it copies between host and device, or waits for the device"
     assert f"the forward pass cannot be captured: {reason}" in " ".join(done.text.split())
@@ -177,7 +178,7 @@ def model(images):
 v.captured(model, on_device, device)
 right = (images.flatten(1) * 3 + 1).numpy()
 for reference in (right, right + 1):
-    timing = v.time_batches(run, v.FLOAT32.as_graph(), v.captured(model, on_device, device), on_device, reference)
+    timing = v.time_batches(run, v.MODES['float32+graph'], v.captured(model, on_device, device), on_device, reference, 0)
     print('outcome', list(v.judge_timed_outputs(run, [timing]))[1].mark)
 """
     shown = on_npu(tmp_path, lines)
@@ -191,7 +192,7 @@ try:
     module = v.torch.nn.Identity()
     module.forward = lambda images: images.flatten(1) * 3
     run.images, run.outputs, run.model = images, module(images).numpy(), v.Twin(module, module)
-    print(v.time_size(run, v.FLOAT32.as_graph(), 2, None))
+    print(v.time_size(run, v.MODES['float32+graph'], 2, None))
 except RuntimeError as error:
     print('raised', v.explain(error))
 """
@@ -216,7 +217,9 @@ def test_flops_are_those_of_the_matrix_products_and_convolutions(model):
         for event in profile.events()
         if event.name in ("aten::conv2d", "aten::addmm", "aten::mm", "aten::bmm")
     )
-    assert v.count_flops(module, size) == pytest.approx(seen, rel=0.01)
+    run = small_run("--model", model)
+    run.images = torch.zeros(1, *size)
+    assert v.count_flops(run) == pytest.approx(seen, rel=0.01)
 
 
 @pytest.mark.timing
@@ -230,8 +233,8 @@ def test_the_warm_up_goes_on_until_the_latency_is_steady_and_0_means_none():
         return images
 
     images = v.torch.ones(1, 3)
-    timing = v.time_batches(small_run("--warmup", 1, "--iters", 20), v.FLOAT32, forward, images, images.numpy())
+    timing = v.time_batches(small_run("--warmup", 1, "--iters", 20), v.FLOAT32, forward, images, images.numpy(), 0)
     assert timing.steady and statistics.median(timing.total_ms) < 10 < timing.first_ms
     calls.clear()
-    v.time_batches(small_run("--warmup", 0, "--iters", 20), v.FLOAT32, forward, images, images.numpy())
+    v.time_batches(small_run("--warmup", 0, "--iters", 20), v.FLOAT32, forward, images, images.numpy(), 0)
     assert len(calls) == 21, "the first call, and the timed ones"

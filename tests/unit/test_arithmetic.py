@@ -164,10 +164,10 @@ def test_a_reference_that_does_not_round_all_products_is_an_error():
     list(v.model_stage(run))
     run.probe.found["convolution", "16x16/16"] = HF32, None
     plain = v.forward_outputs(run.model.cpu, run.images)
-    v.reference_outputs(run, run.images, plain)
+    v.reference_outputs(run, run.probe, run.images, plain)
     run.model.cpu.forward_features = torch.inference_mode()(run.model.cpu.forward_features)
     with pytest.raises(RuntimeError, match="did not round all products"):
-        v.reference_outputs(run, run.images, plain)
+        v.reference_outputs(run, run.probe, run.images, plain)
 
 
 # --- the limit of the residual ----------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ def test_a_healthy_device_passes_stage_4(run):
     assert {"embedding", "logits", "tokens", "feature map 1", "feature map 3", "Linear", "control"} <= {
         k[0] for k in found
     }
-    assert run.embedding_error < 1e-5
+    assert run.errors["float32"] < 1e-5
 
 
 def test_a_wrong_weight_is_found_in_the_outputs_and_where_it_is(run):
@@ -88,7 +88,7 @@ def both_changed(change, *arguments):
     ids=["judged", "explodes", "overflows in float16"],
 )
 def test_what_cannot_be_judged_is_said_and_counted(alike, mode, outcome, problem):
-    run = both_changed(alike, "--amp", "float16")
+    run = both_changed(alike, "--modes", "amp-float16")
     found = checks(v.precision_stage(run))
     entry = found["logits", mode]
     assert entry.mark == outcome and (not problem or problem in entry.problem), entry
