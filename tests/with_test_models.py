@@ -8,6 +8,9 @@ test_vit_that_waits    reads a value on the host in its forward pass, so that no
 test_trained_vit       vit_small_patch14_dinov2 at 98 x 98, where trained weights take seconds; timm resamples the positions
 test_deep_vit          24 blocks of width 64 at 64 x 64
 test_vit_with_antialias        resamples its input with a kernel that computes on the CPU inside torch_npu
+test_vit_that_gets_faster      waits 40 ms in its first 30 forward passes, and 10 ms after them
+test_vit_that_gets_slower      waits 1 ms more after each 20 forward passes
+test_vit_wrong_in_half         is 1 % off on an NPU, where its inputs are in half precision
 test_encoder           has no head: forward_head says so, as that of qwen3_vit_88m_enc does
 test_vit_with_bessel   uses an operator that torch_npu has no kernel for, so that torch_npu would compute it on the CPU
 
@@ -115,6 +118,46 @@ class VisionTransformerWithAntialias(VisionTransformer):
 @register_model
 def test_vit_with_antialias(pretrained=False, **kwargs):
     return tiny(VisionTransformerWithAntialias)
+
+
+class VisionTransformerThatDrifts(VisionTransformer):
+    passes = 0
+
+    def forward_features(self, x, **kwargs):
+        type(self).passes += x.device.type == "npu"
+        time.sleep(self.seconds())
+        return super().forward_features(x, **kwargs)
+
+
+class VisionTransformerThatGetsFaster(VisionTransformerThatDrifts):
+    def seconds(self):
+        return 0.04 if self.passes <= 30 else 0.01
+
+
+class VisionTransformerThatGetsSlower(VisionTransformerThatDrifts):
+    def seconds(self):
+        return 0.001 * (self.passes // 20)
+
+
+@register_model
+def test_vit_that_gets_faster(pretrained=False, **kwargs):
+    return tiny(VisionTransformerThatGetsFaster)
+
+
+@register_model
+def test_vit_that_gets_slower(pretrained=False, **kwargs):
+    return tiny(VisionTransformerThatGetsSlower)
+
+
+class VisionTransformerWrongInHalf(VisionTransformer):
+    def forward_features(self, x, **kwargs):
+        wrong = x.device.type == "npu" and x.dtype == torch.float16
+        return super().forward_features(x, **kwargs) * (1.01 if wrong else 1)
+
+
+@register_model
+def test_vit_wrong_in_half(pretrained=False, **kwargs):
+    return tiny(VisionTransformerWrongInHalf)
 
 
 class Encoder(VisionTransformer):

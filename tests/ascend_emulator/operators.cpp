@@ -202,7 +202,9 @@ static void execute(const aclOpExecutor& kernel, int device) {
   for (const Fault* fault : faults) spoil(*fault, kernel.output);
 
   auto& times = knobs().kernel_time;
-  auto time = times.find(kernel.name);
+  bool half = kernel.output.defined() && kernel.output.element_size() == 2;
+  auto time = half ? times.find("half:" + Text(kernel.name)) : times.end();
+  if (time == times.end()) time = times.find(kernel.name);
   if (time == times.end()) time = times.find("*");
   if (time == times.end()) return;
   int64_t rows = kernel.output.defined() && kernel.output.dim() ? kernel.output.size(0) : 1;
@@ -609,6 +611,6 @@ static const bool names_are_checked = [] {
   for (auto& fault : knobs().faults)
     if (fault.op != "*" && !names().count(fault.op)) refuse_knob("FAULT", "there is no operator '" + fault.op + "'");
   for (auto& [op, time] : knobs().kernel_time)
-    if (op != "*" && !names().count(op)) refuse_knob("KERNEL_TIME", "there is no operator '" + op + "'");
+    if (op != "*" && !names().count(op.starts_with("half:") ? op.substr(5) : op)) refuse_knob("KERNEL_TIME", "there is no operator '" + op + "'");
   return true;
 }();

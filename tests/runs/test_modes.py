@@ -1,0 +1,106 @@
+"""Faster modes beside each other: each is validated and timed, and the log says which is fastest within the error."""
+
+import re
+
+import pytest
+from ascend_emulator import environment
+from conftest import QUICK, REHEARSAL, SMALL, TESTS, start
+
+ALL = ("hf32", "amp-float16", "amp-bfloat16", "half-float16", "half-bfloat16")
+TINY = (*QUICK, "--batch-sizes", "1", "--iters", "5")
+
+
+def fastest(done):
+    """The mode that the log calls the fastest within --max-error, and the whole sentence; None where none is."""
+    text = " ".join(done.text.replace("\n~", " ").split())
+    sentence = re.search(r"fastest (\S+) with batch \d+ within --max-error \S+ [^:]*: [\d.]+ times \S+", text)
+    return sentence and sentence[1]
+
+
+def test_every_mode_is_validated_and_timed(run):
+    done = run(*SMALL, "--modes", *ALL, "float32+graph", "half-float16+graph", "float32+queue2")
+    assert done.clean, done.stdout
+    precision, timed = done.rows("precision"), done.rows("throughput")
+    for mode in ("float32", *ALL):
+        row = precision["logits", mode]
+        assert float(row["row"]) <= 1.5 * float(row["cpu"]), "a healthy device is as far off as the CPU in that mode"
+        assert (mode, "1") in timed and (mode, "3") in timed
+    for mode in ("float32+graph", "half-float16+graph", "float32+queue2"):
+        assert (mode, "against_eager") in timed
+    assert float(precision["logits", "hf32"]["cost"]) > 1.2 * float(precision["logits", "float32"]["cost"])
+
+
+def test_a_mode_that_is_wrong_fails_while_the_others_pass(run):
+    """By 1 %, in float16 weights only; it is not called the fastest either."""
+    done = run(*TINY, "--model", "test_vit_wrong_in_half", "--modes", "half-float16", "half-bfloat16")
+    marks = {key[1:]: mark for key, mark in done.log.marks.items() if key[2]}
+    assert done.status == 1
+    assert marks["logits", "half-float16"] == "FAIL"
+    assert marks["logits", "float32"] == marks["logits", "half-bfloat16"] == "PASS"
+    (row,) = re.findall(r"^~ +half-float16 +batch_1 .*$", done.text, re.MULTILINE)
+    assert row.endswith(" -") and fastest(done) != "half-float16"
+
+
+def test_a_mode_that_cannot_run_is_skipped_with_the_reason_and_does_not_end_the_others(run):
+    done = run(*TINY, "--model", "test_vit_that_waits", "--modes", "float32+graph", "half-float16")
+    assert done.clean and done.marks("float32+graph") == ["SKIP"] and ("half-float16", "1") in done.rows("throughput")
+    on_cpu = run(*REHEARSAL, "--modes", "hf32", "float32+graph", "half-bfloat16")
+    assert on_cpu.clean and on_cpu.marks("hf32") == on_cpu.marks("float32+graph") == ["SKIP"]
+    assert on_cpu.marks("logits", "precision") == ["PASS", "PASS"]
+
+
+@pytest.mark.timing
+@pytest.mark.parametrize(
+    ("model", "knobs", "mode"),
+    [
+        ("test_vit_with_a_slow_host", {}, "float32+graph"),
+        ("test_tiny_vit", {"KERNEL_TIME": "Convolution=60;half:Convolution=10"}, "half-float16"),
+    ],
+    ids=["host-bound", "device-bound"],
+)
+def test_what_limits_a_model_decides_which_mode_is_the_fastest(run, model, knobs, mode):
+    """Where the host is the limit a graph helps and half precision does not; where the device is, the other way round."""
+    done = run(*TINY, "--model", model, "--modes", "half-float16", "float32+graph", **knobs)
+    assert done.clean and fastest(done) == mode, done.stdout
+
+
+def test_none_is_the_fastest_where_none_is_within_the_error(run):
+    done = run(*SMALL, "--modes", "half-bfloat16", "--max-error", "1e-9")
+    assert done.status == 0 and fastest(done) is None
+    assert "no mode is within --max-error 1e-09" in done.text
+    assert fastest(run(*SMALL, "--modes", "half-bfloat16", "--max-error", "1e-3")) == "float32"
+
+
+@pytest.mark.timing
+def test_a_clock_that_moves_is_said(run):
+    """Its first forward passes take 40 ms each, the others 10."""
+    done = run(*TINY, "--model", "test_vit_that_gets_faster", "--iters", "20")
+    assert done.clean and re.search(r"^~ +drift +float32, batch 1: p50 .* \(-\d+%\)", done.text, re.MULTILINE), done.stdout
+    steady = run(*TINY, "--model", "test_tiny_vit", KERNEL_TIME="Convolution=20")
+    assert "drift" not in steady.text, steady.stdout
+
+
+@pytest.mark.timing
+@pytest.mark.parametrize(("model", "mark"), [("test_tiny_vit", "PASS"), ("test_vit_that_gets_slower", "WARN")])
+def test_a_sustained_load_that_slows_down_is_a_warning(run, model, mark):
+    done = run(*TINY, "--model", model, "--duration", "4", KERNEL_TIME="Convolution=20")
+    assert done.status == 0 and done.marks("sustained load") == [mark], done.stdout
+    assert len(re.findall(r"^~ +sustained +float32, batch 1: (?:first|last) tenth of 4 s: ", done.text, re.MULTILINE)) == 2
+    assert done.log.marks["[5/5] throughput", "float32", "sustained"] == "PASS"
+
+
+def test_what_is_wrong_only_in_a_long_run_fails(run):
+    done = run(*TINY, "--model", "test_tiny_vit", "--duration", "2", FAULT="Gelu:scale=1.5,from=150,once")
+    assert done.log.marks["[5/5] throughput", "float32", "sustained"] == "FAIL", done.stdout
+
+
+@pytest.mark.full
+def test_a_large_model_fits_into_what_is_promised(tmp_path):
+    """ViT-L: 1.2 GB of weights in fp32, of which the device has one copy, and the host no fp64 copy beside it."""
+    arguments = ("--weights", "random", "--model", "vit_large_patch16_224", "--batch-sizes", "1", "--warmup", "0")
+    launcher = [TESTS / "peak_memory.py"]
+    rehearsal = start((*arguments, "--iters", "1", "--device", "cpu"), tmp_path, launcher=launcher)
+    peak = float(re.search(r"peak_memory: ([\d.]+) GiB", rehearsal.stderr)[1])
+    assert rehearsal.clean and peak <= 6, peak
+    modes = ("--modes", "half-bfloat16", "--iters", "1")
+    assert start((*arguments, *modes), tmp_path, environment(MEMORY="1500M")).clean
