@@ -36,7 +36,6 @@ import difflib
 import functools
 import glob
 import hashlib
-import importlib.metadata
 import itertools
 import json
 import logging
@@ -187,7 +186,7 @@ SATURATED_GAIN = 1.05  # --batch-sizes auto ends where twice the batch gives les
 # (least, most) seconds of warm-up for each batch size, and most seconds of timing. A second, because a card idles at a
 # low clock, where it is steady, too. A CPU rehearsal is to end in about a minute.
 WARMUP_SECONDS = {"cpu": (0.5, 1.0), "accelerator": (1.0, 30.0)}
-TIMED_SECONDS = {"cpu": 5.0, "accelerator": 30.0}
+TIMED_SECONDS = {"cpu": 2.0, "accelerator": 30.0}
 STEADY, STEADY_BATCHES = 0.02, 10  # steady: the median of 10 batches is within 2 % of the 10 before
 DRIFT_SECONDS, DRIFT = 1.0, 0.05  # the first row again, and how much its median may have moved beside the spreads
 UNDER_LOAD = "the device computes something else under load: check the card's temperature and memory"
@@ -343,7 +342,7 @@ def device_stage(run: Run) -> Iterator[Entry]:
     facts = {"device": text, "python": platform.python_version()}
     facts |= {"host": host_name(), "torch": torch.__version__}
     facts |= accelerator_versions(device)
-    facts |= {name: importlib.metadata.version(name) for name in ("timm", "numpy")}
+    facts |= {"timm": timm.__version__, "numpy": np.__version__}
     threads, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
     slow = threads < os.cpu_count() // 2
     facts["CPU threads"] = f"{threads} on {cores} of {os.cpu_count()} cores"
@@ -2329,7 +2328,9 @@ def find_device(name: str) -> torch.device:
 def find_npu() -> None:
     """Import torch_npu, which registers "npu" with torch. Raises CannotRun with the cause of a failure."""
     version = torch.__version__.split("+")[0]
-    npu = next((found.version for found in importlib.metadata.distributions(name="torch-npu")), "")
+    from importlib.metadata import distributions  # which takes a while, and --help shall not
+
+    npu = next((found.version for found in distributions(name="torch-npu")), "")
     try:
         # Next to a CUDA build torch_npu raises this itself up to 2.13. From 2.14 on it aborts the process instead.
         if npu and torch.version.cuda and tuple(map(int, version.split(".")[:2])) >= (2, 14):
@@ -2421,7 +2422,7 @@ def accelerator_versions(device: torch.device) -> dict[str, str]:
     if device.type != "npu":
         return {}
     opp = os.environ.get("ASCEND_OPP_PATH", "")
-    versions = {"torch_npu": importlib.metadata.version("torch-npu"), "CANN": cann_version(),
+    versions = {"torch_npu": sys.modules["torch_npu"].__version__, "CANN": cann_version(),
                 "CANN kernels": version_in(f"{opp}/version.info", f"{opp}/../share/info/opp*kernel*/version.info"),
                 "driver": version_in(f"{ASCEND}/driver/version.info"),
                 "firmware": version_in(f"{ASCEND}/firmware/version.info")}  # fmt: skip
