@@ -7,16 +7,16 @@
 
 Where things are, from top to bottom:
 
-    Limits              what passes, and where each number comes from. A Mode is a way to run the model: to add a type
-                        for autocast, add it to AMP
+    Limits              what passes, and where each number comes from. A Mode is a way to run the model, all are in
+                        MODES: to add a type for autocast, or another way, add it to BASES
     The run             validate() calls the stages. A stage measures, and yields entries: lines of the log
     Stages 1 to 5       device_stage(), model_stage(), outputs_stage(), precision_stage(), throughput_stage().
                         residual_limit() is the precision limit, time_batch() times one batch
     The arithmetic      behind stage 4: Probe asks what the device computes in, imitation() lets the CPU do the same
-    Several cards       what the processes of torchrun tell each other, and cards_stage()
     Comparing arrays    compare() measures how far two arrays are from each other, judged() makes a line of it
     Comparing logs      Log reads a log, compare_logs() says what became worse
-    Ascend              find_device(), versions, switches, error codes: all that is known of one vendor
+    Several cards       what the processes of torchrun tell each other, and cards_stage()
+    Ascend              find_device(), versions, switches, error codes, installation: all that is known of one vendor
     The report          Entry is a line, Table its columns, Report prints and writes them
     The command line    the options, and main()
 
@@ -137,6 +137,10 @@ class Mode:
     hf32: bool = False  # HF32 (TF32 on CUDA) in matrix products, too
     graph: bool = False  # captured, and replayed
     queue: bool = False  # TASK_QUEUE_ENABLE=2
+
+    @property
+    def in_half(self) -> bool:
+        return bool(self.amp or self.half)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -274,11 +278,15 @@ class Run:
             if mode.queue:
                 torch.npu.set_task_queue_enable(int(os.environ.get("TASK_QUEUE_ENABLE", "1")))
 
-    def stage(self, title: str, entries: Iterable[Entry]) -> bool:
-        """Do a stage. Nothing is judged on a device that an error has made unusable: a SKIP says so in its place."""
+    def stage(self, title: str, entries: Iterable[Entry], shown: bool = True) -> bool:
+        """Do a stage. Nothing is judged on a device that an error has made unusable: a SKIP says so in its place.
+
+        shown: on a terminal the modules that have computed are counted. Not where times are measured.
+        """
         if self.lost:
             entries = [Entry(SKIP, stage_name(title), "", "the device cannot be used any more after the error above")]
-        done = self.report.stage(title, entries)
+        with self.report.counted_modules() if shown else contextlib.nullcontext():
+            done = self.report.stage(title, entries)
         self.lost = self.lost or not done and not still_computes(self.device)
         return done
 
@@ -301,7 +309,7 @@ def validate(run: Run, baseline: Log | None) -> int:
     run.stage("[4/5] precision", precision_stage(run))
     torch.use_deterministic_algorithms(False)  # stage 5 times what users run
     for _ in cards.turns():
-        run.stage("[5/5] throughput", throughput_stage(run))
+        run.stage("[5/5] throughput", throughput_stage(run), shown=False)
     if cards.size > 1:
         report.stage("[all cards]", cards_stage(run))
     if baseline:
@@ -991,7 +999,7 @@ def compare_modes(run: Run, images: torch.Tensor, cpu: References, first: str) -
     for mode in dict.fromkeys(MODES[mode.base] for mode in [FLOAT32, *run.modes]):
         try:
             outputs = device_outputs(run, mode, images)
-            reference, own, residual = mode_reference(run, mode, images, cpu)
+            references = mode_references(run, mode, images, cpu)
         except RuntimeError as error:
             if mode == FLOAT32 or not still_computes(run.device):
                 raise
@@ -999,12 +1007,12 @@ def compare_modes(run: Run, images: torch.Tensor, cpu: References, first: str) -
             continue
         marks = []
         for name, output in outputs.items():
-            entry = judge_mode(run, mode, (name, output, reference[name], own[name], residual), cpu, first)
+            entry = judge_mode(run, mode, name, output, references, first)
             marks.append(entry.mark)
             yield entry
         if FAIL not in marks:
             run.errors[mode.base] = compare(outputs[main], cpu.exact[main]).row
-        apart = compare(reference[main] if residual else own[main], cpu.device[main]).row
+        apart = compare((references.own if mode.in_half else references.device)[main], cpu.device[main]).row
         run.limits[mode.base] = Limit(AMP_WARN * apart, AMP_FAIL * apart) if apart else run.same_input
         if mode == FLOAT32:
             published = list(published_figures(run, outputs["embedding"], cpu))
@@ -1016,30 +1024,29 @@ def device_outputs(run: Run, mode: Mode, images: torch.Tensor) -> dict[str, np.n
         return forward_outputs(model, images.to(run.device, mode.dtype), run.maps)
 
 
-def mode_reference(run: Run, mode: Mode, images: torch.Tensor, cpu: References) -> tuple[dict, dict, bool]:
-    """What a mode's outputs are compared with, the CPU's own that are the yardstick, and whether the residual is judged.
+def mode_references(run: Run, mode: Mode, images: torch.Tensor, cpu: References) -> References:
+    """The same for another mode: `device` is what its outputs are compared with, `own` the CPU's yardstick.
 
     In half precision the CPU in the same mode, with the device's form of GELU, is the yardstick.
     """
     if mode == FLOAT32:
-        return cpu.device, cpu.own, True
+        return cpu
     if mode.hf32:
         with mode.active(run.device):
-            other = reference_outputs(run, Probe(run.device, run.options.seed), images, cpu.plain)
-        return other.device, other.own, True
-    host = torch.device("cpu")
+            return reference_outputs(run, Probe(run.device, run.options.seed), images, cpu.plain)
     model = copy.deepcopy(run.model.cpu).to(mode.dtype) if mode.half else run.model.cpu
-    with imitation(lambda *_: EXACT, run.probe.gelu), mode.active(host):
-        return cpu.gelu, forward_outputs(model, images.to(mode.dtype), run.maps), False
+    with imitation(lambda *_: EXACT, run.probe.gelu), mode.active(torch.device("cpu")):
+        return cpu._replace(device=cpu.gelu, own=forward_outputs(model, images.to(mode.dtype), run.maps))
 
 
-def judge_mode(run: Run, mode: Mode, output: tuple, cpu: References, first: str) -> Entry:
-    """A line of the table. output: its name, the device's, its reference, the CPU's own, and whether by the residual."""
-    name, actual, reference, own, residual = output
-    found, yardstick = compare(actual, reference), compare(own, reference).row
+def judge_mode(run: Run, mode: Mode, name: str, output: np.ndarray, cpu: References, first: str) -> Entry:
+    """A line of the table: an output of the device. cpu: the references of this mode."""
+    reference = cpu.device[name]
+    found, yardstick = compare(output, reference), compare(cpu.own[name], reference).row
     floor, cost = (compare(other, cpu.exact[name]).row for other in (cpu.plain[name], reference))
-    limit = residual_limit(yardstick, floor, cost) if residual else Limit(AMP_WARN * yardstick, AMP_FAIL * yardstick)
-    against = compare(actual, cpu.exact[name]).row, cost, yardstick
+    limit = Limit(AMP_WARN * yardstick, AMP_FAIL * yardstick)
+    limit = limit if mode.in_half else residual_limit(yardstick, floor, cost)
+    against = compare(output, cpu.exact[name]).row, cost, yardstick
     begins = f"it begins in {first}" if first else "amplified by the model, or outside the modules, which are all right"
     entry = judged(name, mode.name, found, limit, f"{begins}; {DEVICE_LOG}", against=against)
     if not math.isfinite(yardstick) or floor > CANNOT_JUDGE and math.isfinite(found.row):
@@ -1103,10 +1110,10 @@ def judge_answers(what: str, names: list[str], right: np.ndarray, found: np.ndar
     lost[~np.isfinite(found).all(axis=1)] = np.inf
     wrong = np.flatnonzero(lost > explained)
     agree = int(np.sum(chosen == order[:, 0]))
-    text = f"{agree} of {len(right)} pictures agree with the CPU; smallest margin {margins.min():.2e}, and below"
-    text += f" {explained:.1e} either may be chosen"
-    problem = f"{len(wrong)} of {len(right)} pictures differ from the CPU by margins up to {lost.max():.1e}, of which the"
-    problem += f" arithmetic explains {explained:.1e}: {', '.join(names[i] for i in wrong[:5])}"
+    text = f"{agree} of {len(right)} pictures agree with the CPU; smallest margin {margins.min():.2e}"
+    text += f", and below {explained:.1e} either may be chosen"
+    problem = f"{len(wrong)} of {len(right)} pictures differ from the CPU by margins up to {lost.max():.1e}"
+    problem += f", and the arithmetic explains {explained:.1e}: {', '.join(names[i] for i in wrong[:5])}"
     return Entry(FAIL if len(wrong) else PASS, what, text, problem, DEVICE_LOG)
 
 
@@ -1360,8 +1367,7 @@ def imitation(of: Callable, gelu: dict[str, str]) -> contextlib.AbstractContextM
     functional calls alike are caught where they reach aten, so not under inference_mode. The context counts the
     products that it rounded, those that were hidden from it, and the GELUs that it changed.
     """
-    aten, attention = torch.ops.aten, torch.nn.functional.scaled_dot_product_attention
-    hosts = "cpu", "meta"
+    aten, attention, hosts = torch.ops.aten, torch.nn.functional.scaled_dot_product_attention, ("cpu", "meta")
     kernel = torch.nn.attention.sdpa_kernel  # the parts of attention, of which a dispatch mode sees the products
 
     class Attention(torch.overrides.TorchFunctionMode):
@@ -1413,8 +1419,7 @@ def imitation(of: Callable, gelu: dict[str, str]) -> contextlib.AbstractContextM
             self.names.add(function.overloadpacket.__name__)
             return function(*args, **kwargs)
 
-    products = Products()
-    return products
+    return (products := Products())
 
 
 def kind_of_product(function, args: tuple, first: int) -> tuple[tuple[str, str], Callable, list[tuple[int, ...]]]:
@@ -1804,169 +1809,6 @@ def judge_timed_outputs(run: Run, timings: list[Timing]) -> Iterator[Entry]:
         yield judged(mode.name, f"against {reference}", worst.difference, limit, UNDER_LOAD, where=where)
 
 
-# --- Several cards, under torchrun ------------------------------------------------------------------------------------
-
-class CardsLost(Exception):
-    """Cards of a run under torchrun that do not answer; the argument is the list of their ranks."""
-
-
-class Cards:
-    """The processes that torchrun started, one for each card, as one of them sees them; without torchrun, one.
-
-    All that they tell each other goes through torchrun's store, which also knows who has not come to a step.
-    """
-
-    def __init__(self) -> None:
-        torchrun = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}  # a cluster may set WORLD_SIZE without it
-        numbers = (int(torchrun.get(name, 0)) for name in ("RANK", "LOCAL_RANK", "GROUP_RANK"))
-        self.rank, self.local_rank, self.host = numbers
-        self.size, self.store = int(torchrun.get("WORLD_SIZE", 1)), None
-
-    def connect(self, report: Report, seconds: float) -> None:
-        """seconds: how long one card waits for another. Raises CannotRun where the store does not answer."""
-        self.report, self.seconds = report, seconds
-        if self.size == 1:
-            return
-        own = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        try:
-            address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            store = torch.distributed.TCPStore(*address, self.size, own)
-        except RuntimeError as error:
-            raise CannotRun(f"torchrun's processes do not find each other: {first_line(error)}") from error
-        self.store = torch.distributed.PrefixStore("validate_npu", store)
-
-    def device_name(self, name: str) -> str:
-        if self.size > 1 and ":" in name:
-            use = f"--device {name.split(':')[0]}, without an index"
-            raise CannotRun(f"under torchrun each process takes the card of its LOCAL_RANK: {use}")
-        return name if self.size == 1 or name == "cpu" else f"{name}:{self.local_rank}"
-
-    def absent(self, step: str, seconds: float) -> list[int]:
-        """Which ranks have not reached this step in time."""
-        end = time.monotonic() + seconds
-        while True:
-            absent = [rank for rank in range(self.size) if not self.store.check([f"{step}/{rank}"])]
-            if not absent or time.monotonic() > end:
-                return absent
-            time.sleep(0.05)
-
-    def gather(self, step: str, value=None) -> list:
-        """The value of each card at this step, by rank. Raises CardsLost with those that have not come in time."""
-        if self.size == 1:
-            return [value]
-        self.report.begin(self.report.doing)  # to wait for others is not to hang
-        try:
-            self.store.set(f"{step}/{self.rank}", pickle.dumps(value))
-            if lost := self.absent(step, self.seconds):
-                raise CardsLost(lost)
-            return [pickle.loads(self.store.get(f"{step}/{rank}")) for rank in range(self.size)]
-        except RuntimeError as error:  # the store is gone, and torchrun with it
-            raise CardsLost([]) from error
-
-    def roll_call(self) -> list[int]:
-        """Ranks that do not answer any more, when torchrun ends all processes because one has failed."""
-        if self.store is None:
-            return []
-        try:
-            self.store.set(f"roll call/{self.rank}", b"here")
-            return self.absent("roll call", ROLL_CALL_SECONDS)
-        except RuntimeError:
-            return []
-
-    def all_or_none(self, step: str, function: Callable):
-        """function(); where it cannot be done on one card, no card goes on."""
-        result, problem = None, None
-        try:
-            result = function()
-        except CannotRun as error:
-            problem = str(error) if self.size == 1 else f"card {self.rank}: {error}"
-        if problems := list(filter(None, self.gather(step, problem))):
-            raise CannotRun(problems[0])
-        return result
-
-    def once_per_host(self, step: str, function: Callable):
-        """The same, on the first card of each host before the others, which then find the download in the cache."""
-        first = self.all_or_none(f"{step}, first", lambda: None if self.local_rank else function())
-        return self.all_or_none(f"{step}, others", lambda: function() if self.local_rank else first)
-
-    def turns(self) -> Iterator[None]:
-        """Yields once in each process, in one after the other."""
-        for turn in range(self.size):
-            self.gather(f"turn {turn}")
-            if turn == self.rank:
-                yield
-
-
-class Card(NamedTuple):
-    """What one of several cards tells the others in the end."""
-
-    name: str  # "card 1"
-    place: tuple[int, str, str]  # host, device, chip: (0, "npu:1", "Ascend910B4")
-    outputs: np.ndarray  # model(x) of the seeded images of stage 3
-    embedding_error: float | None
-    checks: list[tuple[str, str]]  # mark and name
-    alone: dict[tuple[str, int], float]  # mode and batch -> images/s
-    together: dict[tuple[str, int], float]  # while all cards were at work
-
-
-def cards_stage(run: Run) -> Iterator[Entry]:
-    """All cards at work at once; then a line for each card, whether they agree, and what they cost each other."""
-    most = max((timing.batch for timing in run.timings if timing.total_ms), default=1)
-    run.cards.gather("ready")
-    together = []
-    try:
-        together += () if run.lost else time_all(run, [most])
-    except Exception as error:  # the other cards wait for this one's figures
-        yield Entry(FAIL, "all at once", "", explain(error), DEVICE_LOG)
-    yield from (judge_timing(timing, run) for timing in together if timing.problem == OUT_OF_MEMORY)
-    yield from judge_timed_outputs(run, together)
-    alone, together = (
-        {(t.mode.name, t.batch): t.throughput for t in timings if t.total_ms} for timings in (run.timings, together)
-    )
-    place = run.cards.host, str(run.device), chip_name(run.device)
-    checks = [(entry.mark, entry.name) for entry in run.report.checks]
-    card = Card(f"card {run.cards.rank}", place, run.outputs, run.errors.get(FLOAT32.base), checks, alone, together)
-    yield from judge_cards(run.cards.gather("cards", card), run.same_input)
-
-
-def judge_cards(cards: list[Card], same_input: Limit) -> Iterator[Entry]:
-    """A line for each card, whether their outputs agree, and what they do to each other's throughput."""
-    yield CARDS.header("card")
-    for card in cards:
-        failed, warned = ([name for mark, name in card.checks if mark == wanted] for wanted in (FAIL, WARN))
-        node, device, chip = card.place
-        text = CARDS.row(node, device, len(card.checks), len(failed), len(warned), card.embedding_error, chip)
-        problem = f"not passed: {', '.join(dict.fromkeys(failed + warned))}"
-        advice = f"run it alone for its whole log, on node {node} {device}"
-        yield Entry(FAIL if failed else WARN if warned else PASS, card.name, text, problem, advice)
-    yield judge_agreement(cards, same_input)
-    yield CONTENTION.header("card")
-    for mode, batch in cards[0].together:
-        rates = [(c.name, c.alone.get((mode, batch)), c.together.get((mode, batch))) for c in cards]
-        rates = [row for row in rates if None not in row]
-        total = ("total", sum(row[1] for row in rates), sum(row[2] for row in rates))
-        for name, alone, together in [*rates, total] if rates else []:
-            yield Entry(VARIES, name, CONTENTION.row(mode, batch, alone, together, together / alone))
-
-
-def judge_agreement(cards: list[Card], same_input: Limit) -> Entry:
-    """Same inputs, same weights, so equal outputs: which cards differ from the most."""
-    rows = min(len(card.outputs) for card in cards)  # the largest batch may not fit into each card's memory
-    bits = [card.outputs[:rows].tobytes() for card in cards]
-    usual = max(bits, key=bits.count)
-    right = cards[bits.index(usual)].outputs[:rows]
-    found = {card.name: compare(card.outputs[:rows], right) for card, own in zip(cards, bits) if own != usual}
-    if not found:
-        return Entry(PASS, "agreement", "same weights, same inputs: outputs equal bit for bit")
-    worst = max(found.values(), key=lambda difference: difference.size)
-    problem = f"{', '.join(found)} of {len(cards)} differ from the others by {worst.row:.1e}"
-    if 2 * len(found) >= len(cards):
-        problem += ", and it is not known which are right: see each card's precision"
-    outcome = FAIL if same_input.judge(worst) == FAIL else WARN  # they are to be equal bit for bit
-    advice = "a card that differs corrupts data: take it out of use and run it alone"
-    return Entry(outcome, "agreement", "", problem, advice)
-
-
 # --- Comparing two arrays ---------------------------------------------------------------------------------------------
 
 @dataclasses.dataclass(frozen=True)
@@ -2191,6 +2033,169 @@ def said(key: Key) -> str:
     return f"{name} {cell}".strip() + f" of {stage_name(stage)}"
 
 
+# --- Several cards, under torchrun ------------------------------------------------------------------------------------
+
+class CardsLost(Exception):
+    """Cards of a run under torchrun that do not answer; the argument is the list of their ranks."""
+
+
+class Cards:
+    """The processes that torchrun started, one for each card, as one of them sees them; without torchrun, one.
+
+    All that they tell each other goes through torchrun's store, which also knows who has not come to a step.
+    """
+
+    def __init__(self) -> None:
+        torchrun = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}  # a cluster may set WORLD_SIZE without it
+        numbers = (int(torchrun.get(name, 0)) for name in ("RANK", "LOCAL_RANK", "GROUP_RANK"))
+        self.rank, self.local_rank, self.host = numbers
+        self.size, self.store = int(torchrun.get("WORLD_SIZE", 1)), None
+
+    def connect(self, report: Report, seconds: float) -> None:
+        """seconds: how long one card waits for another. Raises CannotRun where the store does not answer."""
+        self.report, self.seconds = report, seconds
+        if self.size == 1:
+            return
+        own = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        try:
+            address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            store = torch.distributed.TCPStore(*address, self.size, own)
+        except RuntimeError as error:
+            raise CannotRun(f"torchrun's processes do not find each other: {first_line(error)}") from error
+        self.store = torch.distributed.PrefixStore("validate_npu", store)
+
+    def device_name(self, name: str) -> str:
+        if self.size > 1 and ":" in name:
+            use = f"--device {name.split(':')[0]}, without an index"
+            raise CannotRun(f"under torchrun each process takes the card of its LOCAL_RANK: {use}")
+        return name if self.size == 1 or name == "cpu" else f"{name}:{self.local_rank}"
+
+    def absent(self, step: str, seconds: float) -> list[int]:
+        """Which ranks have not reached this step in time."""
+        end = time.monotonic() + seconds
+        while True:
+            absent = [rank for rank in range(self.size) if not self.store.check([f"{step}/{rank}"])]
+            if not absent or time.monotonic() > end:
+                return absent
+            time.sleep(0.05)
+
+    def gather(self, step: str, value=None) -> list:
+        """The value of each card at this step, by rank. Raises CardsLost with those that have not come in time."""
+        if self.size == 1:
+            return [value]
+        self.report.begin(self.report.doing)  # to wait for others is not to hang
+        try:
+            self.store.set(f"{step}/{self.rank}", pickle.dumps(value))
+            if lost := self.absent(step, self.seconds):
+                raise CardsLost(lost)
+            return [pickle.loads(self.store.get(f"{step}/{rank}")) for rank in range(self.size)]
+        except RuntimeError as error:  # the store is gone, and torchrun with it
+            raise CardsLost([]) from error
+
+    def roll_call(self) -> list[int]:
+        """Ranks that do not answer any more, when torchrun ends all processes because one has failed."""
+        if self.store is None:
+            return []
+        try:
+            self.store.set(f"roll call/{self.rank}", b"here")
+            return self.absent("roll call", ROLL_CALL_SECONDS)
+        except RuntimeError:
+            return []
+
+    def all_or_none(self, step: str, function: Callable):
+        """function(); where it cannot be done on one card, no card goes on."""
+        result, problem = None, None
+        try:
+            result = function()
+        except CannotRun as error:
+            problem = str(error) if self.size == 1 else f"card {self.rank}: {error}"
+        if problems := list(filter(None, self.gather(step, problem))):
+            raise CannotRun(problems[0])
+        return result
+
+    def once_per_host(self, step: str, function: Callable):
+        """The same, on the first card of each host before the others, which then find the download in the cache."""
+        first = self.all_or_none(f"{step}, first", lambda: None if self.local_rank else function())
+        return self.all_or_none(f"{step}, others", lambda: function() if self.local_rank else first)
+
+    def turns(self) -> Iterator[None]:
+        """Yields once in each process, in one after the other."""
+        for turn in range(self.size):
+            self.gather(f"turn {turn}")
+            if turn == self.rank:
+                yield
+
+
+class Card(NamedTuple):
+    """What one of several cards tells the others in the end."""
+
+    name: str  # "card 1"
+    place: tuple[int, str, str]  # host, device, chip: (0, "npu:1", "Ascend910B4")
+    outputs: np.ndarray  # model(x) of the seeded images of stage 3
+    embedding_error: float | None
+    checks: list[tuple[str, str]]  # mark and name
+    alone: dict[tuple[str, int], float]  # mode and batch -> images/s
+    together: dict[tuple[str, int], float]  # while all cards were at work
+
+
+def cards_stage(run: Run) -> Iterator[Entry]:
+    """All cards at work at once; then a line for each card, whether they agree, and what they cost each other."""
+    most = max((timing.batch for timing in run.timings if timing.total_ms), default=1)
+    run.cards.gather("ready")
+    together = []
+    try:
+        together += () if run.lost else time_all(run, [most])
+    except Exception as error:  # the other cards wait for this one's figures
+        yield Entry(FAIL, "all at once", "", explain(error), DEVICE_LOG)
+    yield from (judge_timing(timing, run) for timing in together if timing.problem == OUT_OF_MEMORY)
+    yield from judge_timed_outputs(run, together)
+    alone, together = (
+        {(t.mode.name, t.batch): t.throughput for t in timings if t.total_ms} for timings in (run.timings, together)
+    )
+    place = run.cards.host, str(run.device), chip_name(run.device)
+    checks = [(entry.mark, entry.name) for entry in run.report.checks]
+    card = Card(f"card {run.cards.rank}", place, run.outputs, run.errors.get(FLOAT32.base), checks, alone, together)
+    yield from judge_cards(run.cards.gather("cards", card), run.same_input)
+
+
+def judge_cards(cards: list[Card], same_input: Limit) -> Iterator[Entry]:
+    """A line for each card, whether their outputs agree, and what they do to each other's throughput."""
+    yield CARDS.header("card")
+    for card in cards:
+        failed, warned = ([name for mark, name in card.checks if mark == wanted] for wanted in (FAIL, WARN))
+        node, device, chip = card.place
+        text = CARDS.row(node, device, len(card.checks), len(failed), len(warned), card.embedding_error, chip)
+        problem = f"not passed: {', '.join(dict.fromkeys(failed + warned))}"
+        advice = f"run it alone for its whole log, on node {node} {device}"
+        yield Entry(FAIL if failed else WARN if warned else PASS, card.name, text, problem, advice)
+    yield judge_agreement(cards, same_input)
+    yield CONTENTION.header("card")
+    for mode, batch in cards[0].together:
+        rates = [(c.name, c.alone.get((mode, batch)), c.together.get((mode, batch))) for c in cards]
+        rates = [row for row in rates if None not in row]
+        total = ("total", sum(row[1] for row in rates), sum(row[2] for row in rates))
+        for name, alone, together in [*rates, total] if rates else []:
+            yield Entry(VARIES, name, CONTENTION.row(mode, batch, alone, together, together / alone))
+
+
+def judge_agreement(cards: list[Card], same_input: Limit) -> Entry:
+    """Same inputs, same weights, so equal outputs: which cards differ from the most."""
+    rows = min(len(card.outputs) for card in cards)  # the largest batch may not fit into each card's memory
+    bits = [card.outputs[:rows].tobytes() for card in cards]
+    usual = max(bits, key=bits.count)
+    right = cards[bits.index(usual)].outputs[:rows]
+    found = {card.name: compare(card.outputs[:rows], right) for card, own in zip(cards, bits) if own != usual}
+    if not found:
+        return Entry(PASS, "agreement", "same weights, same inputs: outputs equal bit for bit")
+    worst = max(found.values(), key=lambda difference: difference.size)
+    problem = f"{', '.join(found)} of {len(cards)} differ from the others by {worst.row:.1e}"
+    if 2 * len(found) >= len(cards):
+        problem += ", and it is not known which are right: see each card's precision"
+    outcome = FAIL if same_input.judge(worst) == FAIL else WARN  # they are to be equal bit for bit
+    advice = "a card that differs corrupts data: take it out of use and run it alone"
+    return Entry(outcome, "agreement", "", problem, advice)
+
+
 # --- What is known of Ascend ------------------------------------------------------------------------------------------
 
 # TFLOP/s of the matrix unit in fp16, from CANN's platform_config: for a host that does not have that file.
@@ -2289,7 +2294,7 @@ HUB_ERRORS = {
     "Permission denied|Read-only|Not a directory|No such file": "set HF_HOME to a folder that can be written to",
     "Gated|awaiting a review": "ask for access on the model's page and set HF_TOKEN",
     "SafetensorError|UnpicklingError": "the file in the hub's cache is cut, or a pointer: delete it, and run again",
-    "404 Client|RepositoryNotFound|RemoteEntryNotFound|RevisionNotFound": "the hub has no such model, or it is private (set HF_TOKEN)",
+    "404 Client|RepositoryNotFound|RemoteEntryNotFound": "the hub has no such model, or it is private (set HF_TOKEN)",
     "": "set HF_ENDPOINT=https://hf-mirror.com where huggingface.co is out of reach",
 }
 REHEARSE = " (for a rehearsal without an NPU: --device cpu)"
@@ -2684,6 +2689,7 @@ class Report:
         self.quiet = quiet  # of several cards only one prints
         self.note, self.strict, self.output, self.timeout = "", False, "", 0.0  # known when the arguments are
         self.unjudged = 0  # outputs of which nothing can be said
+        self.bar = None  # tqdm's, on a terminal
         self.lock = threading.RLock()  # needed to add a line or to write the log
         self.doing, self.timer = "start", threading.Timer(0, print)
 
@@ -2706,8 +2712,26 @@ class Report:
     def line(self, text: str = "") -> None:
         with self.lock:
             self.lines.append(printable(text).rstrip())
+            if self.bar is not None:
+                self.bar.clear()
             if not self.quiet:
                 say(self.lines[-1])
+
+    @contextlib.contextmanager
+    def counted_modules(self) -> Iterator[None]:
+        """Inside, a terminal shows how many modules have computed: a large model takes minutes in fp64."""
+        from tqdm import tqdm
+
+        if self.quiet or sys.stderr is None or not sys.stderr.isatty():
+            yield
+            return
+        with tqdm(desc="modules computed", unit="", leave=False) as self.bar:
+            handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: self.bar.update() and None)
+            try:
+                yield
+            finally:
+                handle.remove()
+        self.bar = None
 
     def add(self, entries: Iterable[Entry]) -> None:
         for entry in entries:

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
-SAMPLE = ["runs/test_emulated_npu.py", "runs/test_faults.py", "runs/test_throughput.py"]
+SAMPLE = ["runs/test_emulated_npu.py", "runs/test_faults.py"]
 # For sitecustomize, which Python imports at its start: the answer is given when torch_npu is about to be imported.
 CPU_BUILD = """
 import sys

@@ -4,10 +4,10 @@ import re
 
 import pytest
 from ascend_emulator import environment
-from conftest import QUICK, REHEARSAL, SMALL, TESTS, start
+from conftest import QUICK, REHEARSAL, TESTS, start
 
 ALL = ("hf32", "amp-float16", "amp-bfloat16", "half-float16", "half-bfloat16")
-TINY = (*QUICK, "--batch-sizes", "1", "--iters", "5")
+TINY = (*QUICK, "--model", "test_tiny_vit", "--batch-sizes", "1", "--iters", "5")
 
 
 def fastest(done):
@@ -18,13 +18,13 @@ def fastest(done):
 
 
 def test_every_mode_is_validated_and_timed(run):
-    done = run(*SMALL, "--modes", *ALL, "float32+graph", "half-float16+graph", "float32+queue2")
+    done = run(*TINY, "--modes", *ALL, "float32+graph", "half-float16+graph", "float32+queue2")
     assert done.clean, done.stdout
     precision, timed = done.rows("precision"), done.rows("throughput")
     for mode in ("float32", *ALL):
         row = precision["logits", mode]
         assert float(row["row"]) <= 1.5 * float(row["cpu"]), "a healthy device is as far off as the CPU in that mode"
-        assert (mode, "1") in timed and (mode, "3") in timed
+        assert (mode, "1") in timed
     for mode in ("float32+graph", "half-float16+graph", "float32+queue2"):
         assert (mode, "against_eager") in timed
     assert float(precision["logits", "hf32"]["cost"]) > 1.2 * float(precision["logits", "float32"]["cost"])
@@ -65,10 +65,10 @@ def test_what_limits_a_model_decides_which_mode_is_the_fastest(run, model, knobs
 
 
 def test_none_is_the_fastest_where_none_is_within_the_error(run):
-    done = run(*SMALL, "--modes", "half-bfloat16", "--max-error", "1e-9")
+    done = run(*TINY, "--modes", "half-bfloat16", "--max-error", "1e-9")
     assert done.status == 0 and fastest(done) is None
     assert "no mode is within --max-error 1e-09" in done.text
-    assert fastest(run(*SMALL, "--modes", "half-bfloat16", "--max-error", "1e-3")) == "float32"
+    assert fastest(run(*TINY, "--modes", "half-bfloat16", "--max-error", "1e-3")) == "float32"
 
 
 @pytest.mark.timing
@@ -76,7 +76,7 @@ def test_a_clock_that_moves_is_said(run):
     """Its first forward passes take 40 ms each, the others 10."""
     done = run(*TINY, "--model", "test_vit_that_gets_faster", "--iters", "20")
     assert done.clean and re.search(r"^~ +drift +float32, batch 1: p50 .* \(-\d+%\)", done.text, re.MULTILINE), done.stdout
-    steady = run(*TINY, "--model", "test_tiny_vit", KERNEL_TIME="Convolution=20")
+    steady = run(*TINY, KERNEL_TIME="Convolution=20")
     assert "drift" not in steady.text, steady.stdout
 
 
@@ -90,7 +90,7 @@ def test_a_sustained_load_that_slows_down_is_a_warning(run, model, mark):
 
 
 def test_what_is_wrong_only_in_a_long_run_fails(run):
-    done = run(*TINY, "--model", "test_tiny_vit", "--duration", "2", FAULT="Gelu:scale=1.5,from=150,once")
+    done = run(*TINY, "--duration", "2", FAULT="Gelu:scale=1.5,from=150,once")
     assert done.log.marks["[5/5] throughput", "float32", "sustained"] == "FAIL", done.stdout
 
 
