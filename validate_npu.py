@@ -496,7 +496,8 @@ def create_model(options: argparse.Namespace, **more) -> torch.nn.Module:
 def check_name(name: str) -> None:
     """Raises CannotRun where timm has no model of this name, with the nearest, or what the name is instead."""
     name = name.removeprefix("timm/")
-    if name.startswith(("hf-hub:", "local-dir:")) or timm.is_model(name.split(".")[0]):
+    known = name.startswith(("hf-hub:", "local-dir:")) or timm.is_model(name.split(".")[0])
+    if known and not name.endswith(WEIGHT_FILES):
         return
     names = timm.list_models() + timm.list_pretrained()
     advice = f"near: {', '.join(difflib.get_close_matches(name, names, n=3, cutoff=0.5)) or 'none'}"
@@ -606,7 +607,10 @@ def read_checkpoint(path: str) -> dict:
         numbers = [type(np.dtype(name)) for name in ("float16", "float32", "float64", "int32", "int64", "bool")]
         scalar = (np._core if hasattr(np, "_core") else np.core).multiarray.scalar
         with torch.serialization.safe_globals([argparse.Namespace, np.dtype, scalar, *numbers]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise CannotRun(f"the weights file {path} holds a {type(state).__name__}, not a state dict")
+        return state
     except CannotRun:
         raise
     except Exception as error:  # pickle, zipfile, safetensors, struct: a damaged file fails in many ways
@@ -624,8 +628,8 @@ def unwrap(checkpoint: dict, wanted: dict) -> tuple[dict, list[str]]:
     while isinstance(state, dict) and (key := next((key for key in WRAPPERS if isinstance(state.get(key), dict)), "")):
         state = state[key]
         taken.append(f"its {key}")
-    state = {key: value for key, value in dict(state).items() if isinstance(value, torch.Tensor)}
-    while prefix := next((prefix for prefix in PREFIXES if any(key.startswith(prefix) for key in state)), ""):
+    state = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    while prefix := next((p for p in PREFIXES if sum(key.startswith(p) for key in state) > len(state) / 2), ""):
         if any(key.startswith(prefix) for key in wanted):
             break
         kept = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}

@@ -73,6 +73,7 @@ def is_told(done, message):
         (["--image", "*.jpeg"], "the picture *.jpeg does not exist"),
         (["--input-size", "1", "2", "3"], "--input-size takes one number, or height and width"),
         (["--input-size", "97"], "test_vit does not take images of 3 x 97 x 97 on the CPU: "),
+        (["--model", "test_vit.safetensors"], "it is a path: use --model NAME --weights FILE"),
         (["--model", "model.safetensors"], "it is a path: use --model NAME --weights FILE"),
         (["--model", "folder"], "it is a path: use --model local-dir:FOLDER"),
         (["--model", "dinov2_vits14"], "it is torch.hub's name: timm's is vit_small_patch14_dinov2"),

@@ -280,9 +280,10 @@ def changed(change):
         (lambda state, path: torch.save({k: t * 0 for k, t in state.items()}, path), "f.pth is all zeros"),
         (lambda state, path: torch.save(timm.create_model("test_vit"), path),
          "it holds a timm.models.vision_transformer.VisionTransformer, not only tensors: save the model's state_dict()"),
+        (lambda state, path: torch.save([torch.ones(2)], path), "f.pth holds a list, not a state dict"),
         (lambda state, path: torch.save({"embeddings.cls_token": torch.ones(1, 2)}, path), "(these names are those of transformers)"),
     ],
-    ids=["LFS pointer", "web page", "empty", "NaN", "int8", "fp8", "zeros", "pickled model", "transformers"],
+    ids=["LFS pointer", "web page", "empty", "NaN", "int8", "fp8", "zeros", "pickled model", "list", "transformers"],
 )  # fmt: skip
 def test_a_file_that_is_no_weights_is_named_for_what_it_is(run, tmp_path, write, said):
     (tmp_path / "validation_output.txt").write_text(OLD_LOG)
