@@ -44,6 +44,7 @@ import os
 import pickle
 import platform
 import re
+import resource
 import signal
 import statistics
 import subprocess
@@ -941,7 +942,9 @@ def precision_stage(run: Run) -> Iterator[Entry]:
     yield from judge_modules(modules, first)
     yield from control
     seconds = time.perf_counter() - started
-    yield Entry(VARIES, "this stage", f"{seconds:.1f} s, {seconds / cpu_seconds:.1f} forward passes on the CPU")
+    passes = f"{seconds:.1f} s, {seconds / cpu_seconds:.1f} forward passes on the CPU"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+    yield Entry(VARIES, "this stage", f"{passes}; peak of host memory until here {peak:.1f} GiB")
 
 
 class References(NamedTuple):
@@ -1463,7 +1466,7 @@ def throughput_stage(run: Run) -> Iterator[Entry]:
         yield from chart(run.timings)
         yield from judge_timed_outputs(run, run.timings)
         if run.options.duration:
-            yield from sustained_load(run, max(sum(groups, []), key=lambda timing: timing.throughput))
+            yield from sustained_load(run, fastest_within(run, groups) or groups[0][-1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1760,14 +1763,19 @@ def fastest_mode(run: Run, groups: list[list[Timing]]) -> Iterator[Entry]:
     for timing in best:
         gain, error = timing.throughput / best[0].throughput, run.errors.get(timing.mode.base)
         yield Entry(VARIES, timing.mode.name, ANSWER.row(f"batch {timing.batch}", timing.throughput, gain, error))
-    accepted = [timing for timing in best if run.errors.get(timing.mode.base, math.inf) <= run.options.max_error]
     limit = f"within --max-error {run.options.max_error:g} (relative L2 against fp64)"
-    if not accepted:
+    fastest = fastest_within(run, groups)
+    if fastest is None:
         yield Entry(VARIES, "fastest", f"no mode is {limit}")
         return
-    fastest = max(accepted, key=lambda timing: timing.throughput)
     gain = f"{fastest.throughput / best[0].throughput:.2f} times {best[0].mode.name}"
     yield Entry(VARIES, "fastest", f"{fastest.mode.name} with batch {fastest.batch} {limit}: {gain}")
+
+
+def fastest_within(run: Run, groups: list[list[Timing]]) -> Timing | None:
+    """The fastest mode and batch size whose error is at most --max-error. A mode that failed in stage 4 has none."""
+    accepted = [t for t in sum(groups, []) if run.errors.get(t.mode.base, math.inf) <= run.options.max_error]
+    return max(accepted, key=lambda timing: timing.throughput, default=None)
 
 
 def sustained_load(run: Run, best: Timing) -> Iterator[Entry]:
