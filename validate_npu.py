@@ -57,7 +57,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
-VERSION = "2.0"  # of the log: logs of one version have the same lines
+VERSION = "2.1"  # of the log: logs of one version have the same lines
 DEFAULT_MODEL = "vit_small_patch16_dinov3.lvd1689m"
 STAGES = ("device", "model", "outputs", "precision", "throughput")
 PASS, SKIP, WARN, FAIL = OUTCOMES = "PASS", "SKIP", "WARN", "FAIL"  # from the best to the worst

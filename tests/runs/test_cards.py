@@ -37,7 +37,7 @@ def validate(tmp_path):
 def test_two_healthy_cards_pass_and_agree(validate):
     done = validate(2)
     assert done.clean, done.stdout + done.stderr
-    assert done.text.startswith("validate_npu 2.0: test_vit on npu:0 and 1 more cards\n")
+    assert done.text.startswith(f"validate_npu {v.VERSION}: test_vit on npu:0 and 1 more cards\n")
     assert done.marks("card 0") == done.marks("card 1") == done.marks("agreement") == ["PASS"]
     rows = done.rows("all cards")
     second = rows["card 1", "0"]

@@ -8,6 +8,8 @@ import pytest
 from ascend_emulator import environment
 from conftest import OLD_LOG, QUICK, SCRIPT, SMALL, WITH_TEST_MODELS, start
 
+import validate_npu
+
 CHIP = "Ascend910B4"
 NPU_VERSION = importlib.metadata.version("torch-npu")
 FALLBACK_CAN_BE_REFUSED = {"2.9.0.post9", "2.10.0.post7", "2.11.0.post3", "2.12.0.post3", "2.13.0"}
@@ -18,7 +20,7 @@ FALLBACK_CAN_BE_REFUSED = {"2.9.0.post9", "2.10.0.post7", "2.11.0.post3", "2.12.
 
 def test_the_default_run_passes_on_npu_0(healthy):
     assert healthy.clean, healthy.stdout + healthy.stderr
-    assert healthy.text.startswith("validate_npu 2.0: vit_small_patch16_dinov3.lvd1689m on npu:0\n")
+    assert healthy.text.startswith(f"validate_npu {validate_npu.VERSION}: vit_small_patch16_dinov3.lvd1689m on npu:0\n")
     assert re.findall(r"^\[./5\] (\w+)", healthy.text, re.MULTILINE) == [
         "device",
         "model",

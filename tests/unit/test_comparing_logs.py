@@ -296,7 +296,7 @@ def version_1(steady):
 def test_a_log_of_the_version_before_gives_one_warning_and_no_failure(steady, version_1):
     shown = worse(version_1, steady)
     assert shown.keys() == {"versions"}
-    assert shown["versions"].startswith("WARN: script 1 and 2.0; ") and "only in the new log" in shown["versions"]
+    assert shown["versions"].startswith(f"WARN: script 1 and {v.VERSION}; ") and "only in the new log" in shown["versions"]
     assert "only in the old: " in shown["versions"] and "timed outputs of throughput" in shown["versions"]
     assert worse(steady, version_1).keys() == {"versions"}, "nor the other way round"
     assert changed_lines(version_1, steady) == ("none", []), "all lines changed, so none is shown"
@@ -315,7 +315,7 @@ def test_another_experiment_of_another_version_is_named(steady, version_1, fact)
 
 
 def a_later_version(text):
-    return text.replace("validate_npu 2.0", "validate_npu 2.1", 1)
+    return text.replace(f"validate_npu {v.VERSION}", "validate_npu 9.1", 1)
 
 
 @pytest.mark.parametrize(
@@ -333,7 +333,7 @@ def a_later_version(text):
 def test_of_two_versions_the_rows_that_both_have_are_compared(steady, change, found):
     shown = worse(steady, a_later_version(change(steady)))
     versions = shown.pop("versions")
-    assert versions.startswith("WARN: script 2.0 and 2.1; ")
+    assert versions.startswith(f"WARN: script {v.VERSION} and 9.1; ")
     assert shown.keys() == found.keys(), shown
     assert all(shown[name].startswith(text) for name, text in found.items()), shown
 
