@@ -1758,11 +1758,11 @@ def drift(run: Run, first: Timing) -> Iterator[Entry]:
 
 def fastest_mode(run: Run, groups: list[list[Timing]]) -> Iterator[Entry]:
     """For each mode its fastest batch size, beside its error; and which mode is the fastest within --max-error."""
-    yield ANSWER.header("fastest of each mode")
+    yield ANSWER.header("each mode's fastest")
     best = [max(group, key=lambda timing: timing.throughput) for group in groups]
     for timing in best:
         gain, error = timing.throughput / best[0].throughput, run.errors.get(timing.mode.base)
-        yield Entry(VARIES, timing.mode.name, ANSWER.row(f"batch {timing.batch}", timing.throughput, gain, error))
+        yield Entry(VARIES, timing.mode.name, ANSWER.row("fastest", timing.batch, timing.throughput, gain, error))
     limit = f"within --max-error {run.options.max_error:g} (relative L2 against fp64)"
     fastest = fastest_within(run, groups)
     if fastest is None:
@@ -2683,7 +2683,7 @@ ERRORS = Table("what:<15", "fp64:>7.1e", "cost:>7.1e", "cpu:>7.1e", "row:>7.1e",
 THROUGHPUT = Table("batch:>5", "images/s:>9.2f", "p50_ms:>6.5g", "p90_ms:>6.5g", "p99_ms:>6.5g", "max_ms:>6.5g",
                    "spread:>6.1%", "host_ms:>7.5g", "limit:>6", "first_ms:>8.0f", "peak_MiB:>8.0f",
                    "iters:>5")  # fmt: skip
-ANSWER = Table("at:<9", "images/s:>9.2f", "speed-up:>8.2f", "rel_L2_fp64:>11.1e")
+ANSWER = Table("what:<8", "batch:>5", "images/s:>9.2f", "speed-up:>8.2f", "rel_L2_fp64:>11.1e")
 CHART_WIDTH = 30
 CHART = Table("mode:<18", "batch:>5", f"images/s:<{CHART_WIDTH}", f"p50_ms:<{CHART_WIDTH}")
 CARDS = Table("node:>4", "device:<7", "checks:>6", "failed:>6", "warned:>6", "embedding_row:>13.1e", "chip:<1")
