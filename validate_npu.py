@@ -112,8 +112,8 @@ RECOGNISED, GELU_RECOGNISED = 2**-16, 1e-4
 RESIDUAL, COST = (64, 256), (1, 2)
 # A residual that is out while all modules are right is a WARN up to here: amplified, or outside the modules.
 AMPLIFIED = 1e-2
-# In half precision the CPU in the same mode, with the device's GELU, is the yardstick: a healthy device is as far off (0.99
-# to 1.04 times). torch._dynamo.utils.same allows 3 times in half precision.
+# In half precision the CPU in the same mode, with the device's GELU, is the yardstick: a healthy device is as far off
+# (0.99 to 1.04 times). torch._dynamo.utils.same allows 3 times in half precision.
 OWN_WARN, OWN_FAIL = 3, 6
 # The device may choose another class, or neighbour, of a picture where the CPU's margin is below this many times the
 # arithmetic's error on stage 4's images: two values enter a margin, and other pictures may be four times as far off.
