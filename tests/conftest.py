@@ -112,7 +112,7 @@ def fork():
         skip_beside_cuda("cpu" not in arguments)
         process = context.Process(target=in_fork, args=(script, list(map(str, arguments)), str(folder), env or {}))
         process.start()
-        process.join(180)
+        process.join(300)
         process.kill()
         process.join()
         return Run(
