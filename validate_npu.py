@@ -470,15 +470,16 @@ def load_model(options: argparse.Namespace) -> tuple[torch.nn.Module, str]:
         source = f"pretrained, {origin.get('hf_hub_id') or origin.get('url') or name}"
     elif options.weights != "random":
         source = load_weights_file(model, options.weights)
+    size = timm.data.resolve_model_data_config(model)["input_size"]
     try:
         if options.weights == "random":
             draw_weights(model, options.seed)
         else:
             with torch.no_grad():
-                model(torch.zeros(1, *timm.data.resolve_model_data_config(model)["input_size"]))
+                model(torch.zeros(1, *size))
     except Exception as error:
-        size = " x ".join(map(str, timm.data.resolve_model_data_config(model)["input_size"]))
-        raise CannotRun(f"{name} does not take images of {size} on the CPU: {first_line(error)}") from error
+        images = " x ".join(map(str, size))
+        raise CannotRun(f"{name} does not take images of {images} on the CPU: {first_line(error)}") from error
     if options.rope_bf16:
         round_rope_periods(model)
     return model, source
@@ -486,15 +487,16 @@ def load_model(options: argparse.Namespace) -> tuple[torch.nn.Module, str]:
 
 def create_model(options: argparse.Namespace, **more) -> torch.nn.Module:
     """timm's, for images of --input-size: set when the model is made, where it has to be; else it takes any size."""
+    name = options.model.removeprefix("timm/")
     if not options.input_size:
-        return timm.create_model(options.model.removeprefix("timm/"), **more)
+        return timm.create_model(name, **more)
     height, width = options.input_size[0], options.input_size[-1]
     try:
-        model = timm.create_model(options.model.removeprefix("timm/"), img_size=(height, width), **more)
+        model = timm.create_model(name, img_size=(height, width), **more)
     except TypeError as error:
         if "img_size" not in str(error):
             raise
-        model = timm.create_model(options.model.removeprefix("timm/"), **more)
+        model = timm.create_model(name, **more)
     model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, height, width)}  # which the transforms follow
     return model
 
@@ -524,8 +526,7 @@ def hub_failure(name: str, error: Exception) -> str:
         near = ", ".join(timm.list_pretrained(name.split(".")[0] + "*")[:5]) or "none"
         return f"{first_line(error)}; pretrained variants: {near}; or --weights random or FILE"
     advice = next(advice for pattern, advice in HUB_ERRORS.items() if re.search(pattern, text))
-    reason = f"{type(error).__name__}: {first_line(error)}"
-    return f"the weights of {name} could not be loaded ({reason}): {advice}, or use --weights FILE or random"
+    return f"the weights of {name} could not be loaded ({told(error)}): {advice}, or use --weights FILE or random"
 
 
 def check_hub() -> None:
@@ -579,10 +580,10 @@ def load_weights_file(model: torch.nn.Module, path: str) -> str:
 
 def find_weights_file(path: str) -> str:
     """The file that path is; of a folder, as git or the hub leaves it, the weights in it, safetensors before others."""
-    patterns = "model.safetensors", "*.safetensors.index.json", "*.safetensors", "pytorch_model.bin", "*.bin.index.json"
+    first = "model.safetensors", "*.safetensors.index.json", "*.safetensors", "pytorch_model.bin", "*.bin.index.json"
     if os.path.isdir(path):
-        found = [file for pattern in (*patterns, "*.bin", "*.pth", "*.pt") for file in sorted(glob.glob(
-            os.path.join(glob.escape(path), pattern)))]  # fmt: skip
+        patterns = [os.path.join(glob.escape(path), name) for name in (*first, *(f"*{end}" for end in WEIGHT_FILES))]
+        found = [file for pattern in patterns for file in sorted(glob.glob(pattern))]
         if not found:
             raise CannotRun(f"the folder {path} has no weights: {', '.join(WEIGHT_FILES)} are looked for")
         return found[0]
@@ -620,7 +621,7 @@ def read_checkpoint(path: str) -> dict:
     except CannotRun:
         raise
     except Exception as error:  # pickle, zipfile, safetensors, struct: a damaged file fails in many ways
-        reason = f"{type(error).__name__}: {first_line(error)}"
+        reason = told(error)
         if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
             reason = f"it holds a {found[1]}, not only tensors: save the model's state_dict() instead"
         elif "weights_only" in str(error):
@@ -748,7 +749,7 @@ def load_picture(path: str, transform: Callable) -> torch.Tensor:
         low, high = picture.getextrema() if picture.mode[0] in "IF" else (0, 255)  # of wide integers, or floats
         picture = transform(picture.convert("RGB"))
     except Exception as error:  # each of Pillow's readers has its own
-        raise CannotRun(f"the picture {path} cannot be read: {type(error).__name__}: {first_line(error)}") from error
+        raise CannotRun(f"the picture {path} cannot be read: {told(error)}") from error
     if low < 0 or high > 255 or high <= 1:
         raise CannotRun(f"the picture {path} has values from {low:g} to {high:g}; in 8 bits it is black or white")
     return picture
@@ -1017,7 +1018,7 @@ def compare_modes(run: Run, images: torch.Tensor, cpu: References, first: str) -
     if run.device.type == "cpu":
         yield Entry(FACT, "note", "a rehearsal compares the CPU with itself")
     main = "logits" if "logits" in cpu.exact else "embedding"
-    for mode in dict.fromkeys(MODES[mode.base] for mode in [FLOAT32, *run.modes]):
+    for mode in dict.fromkeys(MODES[mode.base] for mode in run.modes):
         try:
             outputs = device_outputs(run, mode, images)
             references = mode_references(run, mode, images, cpu)
@@ -2370,8 +2371,7 @@ def find_npu() -> None:
     except Exception as error:  # its check of CANN's environment raises a plain one, a broken file a SyntaxError
         found = ((re.search(pattern, str(error)), cause) for pattern, cause in IMPORT_ERRORS.items())
         match, cause = next((match, cause) for match, cause in found if match)
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        cause = cause.format(match, version=version, npu=npu, error=reason, install=install_command())
+        cause = cause.format(match, version=version, npu=npu, error=told(error), install=install_command())
         raise CannotRun(cause + REHEARSE) from error
 
 
@@ -2576,7 +2576,7 @@ def explain(error: BaseException) -> str:
     operator = re.search(r"working operator name is (\w+)", text) or re.search(r"\b(aclnn\w+)", text)
     reason = re.search(CANN_SAYS, text)
     if not operator and not code:
-        return f"{type(error).__name__}: {first_line(error)}"
+        return told(error)
     if code:
         what = f"{f'{operator[1]}: ' if operator else ''}error code {code[1]}, "
         what += ERROR_CODES.get(int(code[1]), f"see {LOG_FOLDER}")
@@ -2608,8 +2608,7 @@ def import_packages() -> None:
     except ModuleNotFoundError as error:
         raise CannotRun(f"{error.name} is not installed: {install_command()}") from error
     except Exception as error:  # a numpy that is too new is an AttributeError, a broken file a SyntaxError
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise CannotRun(f"numpy, torch and timm cannot be imported ({reason}): {install_command()}") from error
+        raise CannotRun(f"numpy, torch and timm cannot be imported ({told(error)}): {install_command()}") from error
     warnings.filterwarnings("ignore")  # what matters is a check; warnings of the packages would only clutter stderr
     logging.getLogger("timm").setLevel(logging.ERROR)
 
@@ -2892,6 +2891,11 @@ def printable(text: str) -> str:
     """What comes from outside (names, messages) cannot break a line: control characters are escaped, in any locale."""
     text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def told(error: BaseException) -> str:
+    """"AttributeError: what it says"."""
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def first_line(error: BaseException) -> str:
