@@ -74,7 +74,7 @@ class Limit(NamedTuple):
     def judge(self, found: Difference) -> str:
         """The outcome for the worst row and the worst element. An infinite or NaN error fails."""
         for outcome, limit in ((FAIL, self.fail), (WARN, self.warn)):
-            if not (found.row <= limit and found.element <= ELEMENT_FACTOR * limit):
+            if not (found.row <= limit and found.element <= ELEMENT_FACTOR * limit and math.isfinite(found.row)):
                 return outcome
         return PASS
 
@@ -525,7 +525,9 @@ def hub_failure(name: str, error: Exception) -> str:
     if re.search("No pretrained weights|Invalid pretrained tag", text):
         near = ", ".join(timm.list_pretrained(name.split(".")[0] + "*")[:5]) or "none"
         return f"{first_line(error)}; pretrained variants: {near}; or --weights random or FILE"
-    advice = next(advice for pattern, advice in HUB_ERRORS.items() if re.search(pattern, text))
+    advice = next((advice for pattern, advice in HUB_ERRORS.items() if re.search(pattern, text)), "")
+    if not advice:
+        return f"timm cannot make {name} ({told(error)})"
     return f"the weights of {name} could not be loaded ({told(error)}): {advice}, or use --weights FILE or random"
 
 
@@ -1371,7 +1373,7 @@ class Probe:
             few = [f"{name} {', '.join(shapes) if len(shapes) < 4 else f'({len(shapes)} shapes)'}"
                    for name, shapes in products.items()]  # fmt: skip
             texts.append(f"{', '.join(few)}: {text}")
-        return f"{'; '.join(texts)}; GELU: {'as asked' if as_asked else asked}"
+        return "; ".join([*texts, f"GELU: {'as asked' if as_asked else asked}"])
 
     @property
     def rounds(self) -> bool:
@@ -1808,9 +1810,7 @@ def sustained_load(run: Run, best: Timing) -> Iterator[Entry]:
     problem = f"slower under sustained load: by {slower:.0%} after {run.options.duration} s"
     yield Entry(outcome, "sustained load", "" if outcome == WARN else "no slower at its end", problem,
                 "watch temperature, power and clock with npu-smi info")  # fmt: skip
-    yield ERRORS.header("timed outputs")
-    limit = run.limits.get(best.mode.base, run.same_input)
-    yield judged(best.mode.name, "sustained", timing.difference, limit, UNDER_LOAD)
+    yield from judge_timed_outputs(run, [timing], "sustained")
 
 
 def chart(timings: list[Timing]) -> Iterator[Entry]:
@@ -1824,7 +1824,7 @@ def chart(timings: list[Timing]) -> Iterator[Entry]:
         yield Entry(VARIES, "chart", CHART.row(timing.mode.name, timing.batch, *bars))
 
 
-def judge_timed_outputs(run: Run, timings: list[Timing]) -> Iterator[Entry]:
+def judge_timed_outputs(run: Run, timings: list[Timing], what: str = "") -> Iterator[Entry]:
     """Whether the timed outputs are those of stage 3 in fp32, and those of a graph the ones of its mode without."""
     yield ERRORS.header("timed outputs")
     eager = {(timing.mode.base, timing.batch) for timing in timings if timing.mode.name == timing.mode.base}
@@ -1832,8 +1832,11 @@ def judge_timed_outputs(run: Run, timings: list[Timing]) -> Iterator[Entry]:
         mode, worst = group[0].mode, max(group, key=lambda timing: timing.difference.size)
         reference = "eager" if mode.name != mode.base and (mode.base, worst.batch) in eager else "stage 3"
         limit = run.limits.get(mode.base, run.same_input)
+        if not math.isfinite(limit.fail):
+            yield Entry(SKIP, mode.name, "", "not judged: on the CPU it overflows as well")
+            continue
         where = f"batch {worst.batch}" if worst.difference.max_abs else None
-        yield judged(mode.name, f"against {reference}", worst.difference, limit, UNDER_LOAD, where=where)
+        yield judged(mode.name, what or f"against {reference}", worst.difference, limit, UNDER_LOAD, where=where)
 
 
 # --- Comparing two arrays ---------------------------------------------------------------------------------------------
@@ -2083,6 +2086,7 @@ class Cards:
         self.report, self.seconds = report, seconds
         if self.size == 1:
             return
+        report.quiet = self.rank > 0  # until here each process speaks for itself
         own = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         try:
             address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -2119,13 +2123,13 @@ class Cards:
         except RuntimeError as error:  # the store is gone, and torchrun with it
             raise CardsLost([]) from error
 
-    def roll_call(self) -> list[int]:
-        """Ranks that do not answer any more, when torchrun ends all processes because one has failed."""
+    def roll_call(self, occasion: str) -> list[int]:
+        """Ranks that do not answer any more. torchrun ends all processes as soon as one has ended with an error."""
         if self.store is None:
             return []
         try:
-            self.store.set(f"roll call/{self.rank}", b"here")
-            return self.absent("roll call", ROLL_CALL_SECONDS)
+            self.store.set(f"{occasion}/{self.rank}", b"here")
+            return self.absent(occasion, ROLL_CALL_SECONDS)
         except RuntimeError:
             return []
 
@@ -2322,7 +2326,10 @@ HUB_ERRORS = {
     "Gated|awaiting a review": "ask for access on the model's page and set HF_TOKEN",
     "SafetensorError|UnpicklingError": "the file in the hub's cache is cut, or a pointer: delete it, and run again",
     "404 Client|RepositoryNotFound|RemoteEntryNotFound": "the hub has no such model, or it is private (set HF_TOKEN)",
-    "": "set HF_ENDPOINT=https://hf-mirror.com where huggingface.co is out of reach",
+    "LocalEntryNotFound": "set HF_ENDPOINT=https://hf-mirror.com where huggingface.co is out of reach; is"
+    " HF_HUB_OFFLINE set",
+    "Timeout|Connect|ProtocolError|ReadError|ChunkedEncoding|URLError|Server Error|Consistency check": "the hub"
+    " answers, but the file's storage does not, or breaks off: run again, or let your proxy pass it",
 }
 REHEARSE = " (for a rehearsal without an NPU: --device cpu)"
 
@@ -2852,7 +2859,7 @@ def watch(report: Report, cards: Cards) -> None:
 
     def wait() -> None:
         number = os.read(receiver, 1)[0]
-        if number == signal.SIGTERM and (lost := cards.roll_call()):  # torchrun ends all because one has failed
+        if number == signal.SIGTERM and (lost := cards.roll_call("SIGTERM")):
             report.lock.acquire()
             os._exit(report.finish_without(lost))
         report.end(f"interrupted by {signal.Signals(number).name} in stage {report.doing}", 128 + number)
@@ -2987,7 +2994,7 @@ def compare_files(old: Log, new: Log, options: argparse.Namespace, report: Repor
 
 def main(argv: list[str] | None = None) -> int:
     cards = Cards()
-    report = Report(quiet=cards.rank > 0)
+    report = Report()
     try:
         if sys.stdout is not None:
             sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
@@ -3002,14 +3009,16 @@ def main(argv: list[str] | None = None) -> int:
         baseline = Log.read(options.baseline) if options.baseline else None  # before it may be replaced
         import_packages()
         cards.connect(report, 0.9 * options.timeout)  # a card that is lost is named before the time is over
-        name = cards.device_name(options.device)
-        device = cards.all_or_none("device", lambda: find_device(name))
+        device = cards.all_or_none("device", lambda: find_device(cards.device_name(options.device)))
         probe = Probe(device, options.seed)
         status = validate(Run(options, report, cards, device, fp32_arithmetic(device), probe), baseline)
         cards.gather("end")  # wait for all: when one process ends with an error, torchrun kills card 0, which writes
         return status
     except CannotRun as problem:
-        return report.not_run(f"error: {problem}", 2)
+        report.lock.acquire()  # that is the last word, whatever signal comes
+        status = report.not_run(f"error: {problem}", 2)
+        cards.roll_call("not run")  # so that card 0 has said it before torchrun ends it
+        return status
     except CardsLost as lost:
         return report.finish_without(lost.args[0])
     except SystemExit as end:  # argparse has told what is wrong with the arguments, or printed the help

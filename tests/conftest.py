@@ -132,11 +132,13 @@ def in_fork(script, arguments, folder, env):
     import with_test_models
 
     with_test_models.set_switches()
+    status = 0
     try:
         runpy.run_path(str(script), run_name="__main__")
-    except SystemExit as end:  # the script's own; torch_npu's threads after a failed launch can keep a fork from ending
-        sys.stdout.flush()
-        os._exit(end.code or 0)
+    except SystemExit as end:
+        status = end.code or 0
+    sys.stdout.flush()
+    os._exit(status)  # torch_npu's threads after a failed launch can keep a fork from ending
 
 
 @pytest.fixture

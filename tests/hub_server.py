@@ -47,6 +47,16 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", "0")
         self.end_headers()
 
+    def redirect(self, url, data):
+        """To where the bytes are, as the hub does for large files."""
+        self.send_response(302)
+        self.send_header("Location", url)
+        self.send_header("X-Linked-ETag", f'"{hashlib.sha256(data).hexdigest()}"')
+        self.send_header("X-Linked-Size", str(len(data)))
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
     def do_HEAD(self):
         self.answer()
 
@@ -67,6 +77,8 @@ class Handler(BaseHTTPRequestHandler):
             self.refuse(404, "RepoNotFound")
         elif self.path.removeprefix(prefix) not in hub.files:
             self.refuse(404, "EntryNotFound")
+        elif hub.behaviour == "storage out of reach":
+            self.redirect("http://127.0.0.1:9/storage", hub.files[self.path.removeprefix(prefix)])
         else:
             self.send_file(hub.files[self.path.removeprefix(prefix)])
 

@@ -11,6 +11,7 @@ test_vit_with_antialias        resamples its input with a kernel that computes o
 test_vit_that_gets_faster      waits 40 ms in its first 30 forward passes, and 10 ms after them
 test_vit_that_gets_slower      waits 2 ms more after each 10 forward passes
 test_vit_wrong_in_half         is 1 % off on an NPU, where its inputs are in half precision
+test_swin              small, with windows of 4 x 4 tokens
 test_encoder           has no head: forward_head says so, as that of qwen3_vit_88m_enc does
 test_vit_with_bessel   uses an operator that torch_npu has no kernel for, so that torch_npu would compute it on the CPU
 
@@ -34,6 +35,7 @@ import torch
 from timm.layers import PatchEmbed
 from timm.models import register_model
 from timm.models.eva import vit_small_patch16_dinov3
+from timm.models.swin_transformer import swin_tiny_patch4_window7_224
 from timm.models.vision_transformer import VisionTransformer, vit_small_patch14_dinov2
 
 
@@ -158,6 +160,14 @@ class VisionTransformerWrongInHalf(VisionTransformer):
 @register_model
 def test_vit_wrong_in_half(pretrained=False, **kwargs):
     return tiny(VisionTransformerWrongInHalf)
+
+
+@register_model
+def test_swin(pretrained=False, **kwargs):
+    small = {"img_size": 64, "embed_dim": 32, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4}
+    model = swin_tiny_patch4_window7_224(pretrained, **{**kwargs, **small})
+    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, 64, 64)}
+    return model
 
 
 class Encoder(VisionTransformer):

@@ -1,6 +1,7 @@
 """The emulated NPU computes what the CPU computes, runs asynchronously, and fails as it is told to.
 
-Each program below runs in a process of its own, through the launcher, and prints what it found as one line of JSON.
+Each program below runs in a process of its own, and prints what it found as one line of JSON. Most are forked from one
+that has imported torch; those in LAUNCHED are started by the launcher.
 """
 
 import fcntl
@@ -249,6 +250,13 @@ def error_of(a, b):
     return ((a.cpu() - b).norm() / b.norm()).item()
 """
 
+EPILOGUE = """
+print(json.dumps(found), flush=True)
+if "TRACE_AT_EXIT" in os.environ:  # a forked process ends without C++'s own exit, which writes the trace
+    import ctypes
+    ctypes.CDLL(None).exit(0)
+"""
+
 COMPARE = f"""
 torch.npu.conv.allow_hf32 = False
 rounding = []
@@ -440,10 +448,6 @@ attempt("i0", lambda: error_of(linear(x.npu()), linear.cpu()(x)))
 """
 
 MODEL = """
-library = torch.library.Library("torchvision", "DEF")  # where torchvision is a CUDA build, timm misses these two
-if not hasattr(torch.ops.torchvision, "nms"):
-    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 import timm
 torch.npu.conv.allow_hf32 = False
 with torch.inference_mode():
@@ -537,6 +541,7 @@ PROGRAMS = {  # name: (code, knobs, other variables)
     "without driver": ("", {"WITHOUT": "driver"}, {}),
     "torchrun": (TORCHRUN, {"DEVICES": "2"}, {"OMP_NUM_THREADS": "1"}),
 }
+LAUNCHED = {"device", "hang", "without cann", "without driver", "torchrun"}
 
 
 def launch(*command, **variables):
@@ -546,7 +551,7 @@ def launch(*command, **variables):
 
 
 @pytest.fixture(scope="session")
-def results(tmp_path_factory):
+def results(fork, tmp_path_factory):
     """results(name): what a program gave, its process, what it found and the operators that it used.
 
     Each runs once, when it is first asked for, in whatever process the tests are.
@@ -558,11 +563,16 @@ def results(tmp_path_factory):
     def run(name):
         code, knobs, variables = PROGRAMS[name]
         script, trace = folder / f"{name}.py", folder / f"{name}.trace"
-        script.write_text(PRELUDE + code + "\nsys.stdout.write(json.dumps(found) + chr(10))\n")
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        command = [*(torchrun if name == "torchrun" else []), str(script)]
-        variables = {**variables, **{f"ASCEND_EMULATOR_{knob}": value for knob, value in knobs.items()}}
-        result = launch(*command, ASCEND_EMULATOR_TRACE=str(trace), **variables)
+        script.write_text(PRELUDE + code + EPILOGUE)
+        if name in LAUNCHED:
+            torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+            command = [*(torchrun if name == "torchrun" else []), str(script)]
+            variables = {**variables, **{f"ASCEND_EMULATOR_{knob}": value for knob, value in knobs.items()}}
+            result = launch(*command, ASCEND_EMULATOR_TRACE=str(trace), **variables)
+        else:
+            (folder / name).mkdir(exist_ok=True)
+            done = fork([], folder / name, environment(TRACE=trace, **knobs) | variables | {"TRACE_AT_EXIT": "1"}, script)
+            result = types.SimpleNamespace(code=done.status, output=done.stdout, errors=done.stderr)
         result.found = [json.loads(line) for line in result.output.splitlines() if line.startswith("{")]
         result.used = trace.read_text().splitlines() if trace.exists() else []
         return result

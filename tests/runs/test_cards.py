@@ -56,22 +56,13 @@ def test_each_card_alone_is_faster_where_the_host_is_shared(validate):
 
 
 def test_the_card_that_corrupts_data_is_named(validate):
-    done = validate(4, FAULT="Addmm:scale=1.01,device=2")
+    done = validate(3, FAULT="Addmm:scale=1.01,device=1")
     assert done.status == 1, done.stdout
-    assert [done.marks(f"card {rank}") for rank in range(4)] == [["PASS"], ["PASS"], ["FAIL"], ["PASS"]]
+    assert [done.marks(f"card {rank}") for rank in range(3)] == [["PASS"], ["FAIL"], ["PASS"]]
     assert done.marks("agreement") == ["FAIL"]
     listed = "\n".join(done.failures)
-    assert re.search(r"FAIL agreement: card 2 of 4 differ from the others by \d\.\de-0\d ", listed)
-    assert re.search(r"FAIL card 2: not passed: .*embedding, .*Linear", listed), "what it failed is said"
-
-
-def test_two_cards_that_differ_are_both_in_question(validate):
-    done = validate(2, FAULT="Addmm:scale=1.01,device=1")
-    assert done.status == 1
-    question = (
-        "card 1 of 2 differ from the others by .*, and it is not known which are right: see each card's precision"
-    )
-    assert any(re.search(question, line) for line in done.failures)
+    assert re.search(r"FAIL agreement: card 1 of 3 differ from the others by \d\.\de-0\d ", listed)
+    assert re.search(r"FAIL card 1: not passed: .*embedding, .*Linear", listed), "what it failed is said"
 
 
 def test_a_card_that_does_not_start_ends_the_run_on_all(validate):
@@ -163,11 +154,10 @@ def test_cards_of_two_hosts_are_told_apart(tmp_path):
 
 
 def test_under_torchrun_the_device_has_no_index(validate):
+    """And of several processes one says so, before torchrun ends it because another has ended."""
     done = validate(2, "--device", "npu:1")
-    assert (
-        done.status != 0
-        and "error: under torchrun each process takes the card of its LOCAL_RANK: --device npu, without" in done.stderr
-    )
+    assert done.status != 0 and len(done.errors) == 1, done.stderr
+    assert "under torchrun each process takes the card of its LOCAL_RANK: --device npu, without" in done.errors[0]
 
 
 def test_weights_are_downloaded_once_per_host(tmp_path):

@@ -78,7 +78,7 @@ def test_two_runs_diff_clean(run, tmp_path):
     assert (diff.returncode, diff.stdout) == (0, "")
 
 
-@pytest.mark.parametrize("model", ["resnet18", "convnext_atto", "test_efficientnet", "test_nfnet"])
+@pytest.mark.parametrize("model", ["test_resnet", "test_convnext", "test_efficientnet", "test_nfnet"])
 def test_other_families_pass(run, model):
     done = run(*QUICK, "--model", model)
     assert done.clean, done.stdout
@@ -95,10 +95,11 @@ def test_every_line_that_calls_the_devices_api_ran_here(tmp_path):
 
     data = tmp_path / "coverage"
     launcher = ["-m", "coverage", "run", "--append", f"--data-file={data}", f"--include={SCRIPT}", WITH_TEST_MODELS]
-    arguments = (*QUICK, "--warmup", "1", "--modes", "hf32", "half-bfloat16", "float32+graph", "float32+queue2")
-    assert start((*arguments, "--model", "test_dinov3"), tmp_path, environment(), launcher).clean
-    lacking = (*arguments, "--model", "test_vit_that_waits", "--batch-sizes", "1", "8192")  # a graph, and memory
-    assert start(lacking, tmp_path, environment(MEMORY="40M"), launcher).status == 0
+    modes = ("hf32", "half-bfloat16", "float32+graph", "float32+queue2")
+    arguments = (*QUICK, "--model", "test_dinov3", "--batch-sizes", "1", "--warmup", "1", "--modes", *modes)
+    assert start(arguments, tmp_path, environment(), launcher).clean
+    lacking = (*QUICK, "--model", "test_vit_that_waits", "--batch-sizes", "1", "2048", "--modes", "float32+graph")
+    assert start(lacking, tmp_path, environment(MEMORY="24M"), launcher).status == 0
     measured = coverage.CoverageData(str(data))
     measured.read()
     ran = set(measured.lines(str(SCRIPT)))

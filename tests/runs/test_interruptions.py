@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from ascend_emulator import environment
@@ -117,11 +118,15 @@ def test_a_folder_that_is_removed_meanwhile_is_said(tmp_path):
     assert "error: the log cannot be written to logs/log.txt: No such file or directory" in run.stderr
 
 
-def test_runs_at_the_same_time_on_the_same_output_leave_one_whole_log(tmp_path):
-    runs = [Process(tmp_path, *REHEARSAL) for _ in range(2)]
-    assert [run.end() for run in runs] == [0, 0]
-    lines = runs[0].log.splitlines()
-    assert lines[0].startswith("validate_npu ") and lines[-1].startswith("RESULT: PASS") and not runs[0].half_files
+def test_runs_at_the_same_time_on_the_same_output_leave_one_whole_log(fork, tmp_path):
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for folder in folders:
+        folder.mkdir()
+    with ThreadPoolExecutor() as pool:
+        runs = list(pool.map(lambda folder: fork([*REHEARSAL, "--output", "../log.txt"], folder), folders))
+    assert [run.status for run in runs] == [0, 0]
+    assert (tmp_path / "log.txt").read_text("utf-8") in [run.stdout for run in runs]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "log.txt", "second"]
 
 
 @pytest.mark.parametrize("reader", ['"$@" | head -n 3; exit ${PIPESTATUS[0]}', '"$@" >&-'], ids=["head", "no stdout"])

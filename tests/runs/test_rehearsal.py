@@ -83,7 +83,7 @@ def test_a_resnet_passes_and_what_it_lacks_is_left_out(run):
         "test_efficientnet",
         "test_nfnet",
         "test_vit4",
-        "swin_tiny_patch4_window7_224",
+        "test_swin",
         "crossvit_9_240",  # its forward_features gives two tensors
         "xcit_nano_12_p16_224",  # its patch embedding tells no grid
         "eva02_tiny_patch14_224",  # its attention calls no Linear of its own

@@ -41,11 +41,11 @@ def weights_of(run):
     return run.log.facts["weights SHA-256"]
 
 
-def from_hub(folder, url, **env):
+def from_hub(folder, url, *arguments, **env):
     """A run whose hub and whose cache are its own. The short timeouts are those of huggingface_hub."""
     (folder / "validation_output.txt").write_text(OLD_LOG)
     timeouts = {"HF_HUB_DOWNLOAD_TIMEOUT": "1", "HF_HUB_ETAG_TIMEOUT": "1"}
-    return start(PRETRAINED, folder, {"HF_ENDPOINT": url, "HF_HOME": str(folder / "cache")} | timeouts | env)
+    return start([*PRETRAINED, *arguments], folder, {"HF_ENDPOINT": url, "HF_HOME": str(folder / "cache")} | timeouts | env)
 
 
 # --- the hub ----------------------------------------------------------------------------------------------------------
@@ -92,8 +92,9 @@ def read(terminal):
     [
         ("missing", "(RepositoryNotFoundError: 404 Client Error.): the hub has no such model, or it is private (set HF_TOKEN)"),
         ("gated", "(GatedRepoError: 401 Client Error.): ask for access on the model's page and set HF_TOKEN"),
-        ("truncated", "expected 1491816)): set HF_ENDPOINT=https://hf-mirror.com"),
-        ("stall half-way", "(ReadTimeout: timed out): set HF_ENDPOINT=https://hf-mirror.com"),
+        ("truncated", "expected 1491816)): the hub answers, but the file's storage does not, or breaks off"),
+        ("stall half-way", "(ReadTimeout: timed out): the hub answers, but the file's storage does not, or breaks off"),
+        ("storage out of reach", "Connection refused): the hub answers, but the file's storage does not, or breaks off"),
         (
             "stall",
             "set HF_ENDPOINT=https://hf-mirror.com where huggingface.co is out of reach, or use --weights FILE or random",
@@ -303,18 +304,32 @@ def test_images_of_another_size(run, tmp_path, model, size):
     assert done.log.facts["input"].startswith(f"3 x {size[0]} x {size[-1]}, ")
 
 
+CONFIG = {
+    "architecture": "test_vit",
+    "num_classes": 1000,
+    "model_args": {"img_size": 160},
+    "pretrained_cfg": {"input_size": [3, 160, 160], "classifier": "head"},
+}
+
+
 @pytest.mark.parametrize("name", ["local-dir:model", "timm/test_vit.r160_in1k"])
 def test_models_are_named_as_timm_and_the_hub_name_them(run, tmp_path, name):
     state = drawn("test_vit").state_dict()
     (tmp_path / "model").mkdir()
     save_file(state, tmp_path / "model" / "model.safetensors")
-    config = {"architecture": "test_vit", "num_classes": 1000, "model_args": {"img_size": 160}}
-    config["pretrained_cfg"] = {"input_size": [3, 160, 160], "classifier": "head"}
-    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model" / "config.json").write_text(json.dumps(CONFIG))
     weights = "pretrained" if name.startswith("local-dir") else tmp_path / "model"
     done = run(*ONE, "--model", name, "--weights", weights)
     assert done.clean, done.stdout + done.stderr
     assert weights_of(done) == v.sha256(state)
+
+
+def test_a_repository_of_the_hub_that_is_not_timms_own(tmp_path, files):
+    """Its config.json says which architecture it is."""
+    with HubServer("somebody/some-model", files | {"config.json": json.dumps(CONFIG).encode()}) as hub:
+        done = from_hub(tmp_path, hub.url, "--model", "hf-hub:somebody/some-model")
+    assert done.clean, done.stderr
+    assert weights_of(done) == v.sha256(drawn("test_vit").state_dict())
 
 
 def test_an_encoder_without_a_head_is_validated(run):
@@ -338,6 +353,22 @@ def test_the_hubs_cache_that_fails_has_its_own_advice(tmp_path, files, cache, ad
             done = from_hub(tmp_path, hub.url, HF_HOME="/proc/cache")
     assert done.status == 2 and advice in done.errors[-1], done.stderr
     assert "HF_ENDPOINT" not in done.errors[-1]
+
+
+def test_a_disk_that_is_full_has_its_own_advice(tmp_path, files):
+    """The cache is on a disk of its own, of 100 KiB, that only this run sees."""
+    (tmp_path / "cache").mkdir()
+    own_disk = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
+    mount = "mount -t tmpfs -o size=100k none cache"
+    if subprocess.run([*own_disk, mount], cwd=tmp_path, stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("this user may not mount a disk")
+    with HubServer(REPOSITORY, files) as hub:
+        env = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache")}
+        command = [*own_disk, f'{mount} && exec "$@"', "sh", sys.executable, SCRIPT, *PRETRAINED]
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    error = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and "No space left" in error and "free space, or set HF_HOME to another disk" in error
+    assert "HF_ENDPOINT" not in error
 
 
 # --- a variant --------------------------------------------------------------------------------------------------------

@@ -64,6 +64,10 @@ def lose_digits(model):
     model.patch_embed.proj.bias.data += 1e5
 
 
+def overflow_in_float16(model):
+    model.norm.weight.data.mul_(1e5)
+
+
 def both_changed(change, *arguments):
     """A run whose model is changed alike on the CPU and on the device."""
     run = after_model_stage(*arguments)
@@ -78,12 +82,7 @@ def both_changed(change, *arguments):
     [
         (lambda model: None, "float32", PASS, ""),
         (lose_digits, "float32", WARN, "not judged: the CPU's own fp32 is as far off"),
-        (
-            lambda model: model.norm.weight.data.mul_(1e5),
-            "amp-float16",
-            WARN,
-            "not judged: it overflows in float16 on the CPU",
-        ),
+        (overflow_in_float16, "amp-float16", WARN, "not judged: it overflows in float16 on the CPU"),
     ],
     ids=["judged", "explodes", "overflows in float16"],
 )
@@ -93,6 +92,16 @@ def test_what_cannot_be_judged_is_said_and_counted(alike, mode, outcome, problem
     entry = found["logits", mode]
     assert entry.mark == outcome and (not problem or problem in entry.problem), entry
     assert (run.report.unjudged > 0) == (outcome == WARN)
+
+
+def test_timed_outputs_are_not_judged_either_where_the_mode_overflows():
+    """A limit without bounds would let them all pass."""
+    run = both_changed(overflow_in_float16, "--modes", "amp-float16")
+    for stage in (v.outputs_stage, v.precision_stage):
+        list(stage(run))
+    found = list(checks(v.throughput_stage(run)).values())
+    assert [(entry.name, entry.mark) for entry in found] == [("float32", PASS), ("amp-float16", SKIP)]
+    assert found[1].problem == "not judged: on the CPU it overflows as well"
 
 
 def test_nan_of_the_device_alone_fails_even_where_nothing_else_can_be_judged():
