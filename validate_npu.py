@@ -650,7 +650,9 @@ def unwrap(checkpoint: dict, wanted: dict) -> tuple[dict, list[str]]:
 
 def check_tensors(path: str, state: dict[str, torch.Tensor]) -> list[str]:
     """What the log says of their type. Raises CannotRun where they are quantised, not finite, or all zero."""
-    matrices = {key: value for key, value in state.items() if value.ndim > 1}
+    bytes_of_weights = torch.int8, torch.uint8  # not the masks and indices that are saved beside the weights
+    matrices = {key: value for key, value in state.items()
+                if value.ndim > 1 and (value.is_floating_point() or value.dtype in bytes_of_weights)}  # fmt: skip
     if small := [key for key, value in matrices.items() if value.dtype.itemsize == 1]:
         kind = str(state[small[0]].dtype).removeprefix("torch.")
         raise CannotRun(f"the weights file {path} is quantised ({small[0]} is {kind}), and that is not fp32")
@@ -2326,8 +2328,8 @@ HUB_ERRORS = {
     "Gated|awaiting a review": "ask for access on the model's page and set HF_TOKEN",
     "SafetensorError|UnpicklingError": "the file in the hub's cache is cut, or a pointer: delete it, and run again",
     "404 Client|RepositoryNotFound|RemoteEntryNotFound": "the hub has no such model, or it is private (set HF_TOKEN)",
-    "LocalEntryNotFound": "set HF_ENDPOINT=https://hf-mirror.com where huggingface.co is out of reach; is"
-    " HF_HUB_OFFLINE set",
+    "LocalEntryNotFound": "unset HF_HUB_OFFLINE where it is set; set HF_ENDPOINT=https://hf-mirror.com where"
+    " huggingface.co is out of reach",
     "Timeout|Connect|ProtocolError|ReadError|ChunkedEncoding|URLError|Server Error|Consistency check": "the hub"
     " answers, but the file's storage does not, or breaks off: run again, or let your proxy pass it",
 }

@@ -89,6 +89,7 @@ def test_another_device_of_the_host_can_be_named(run):
     assert done.clean and done.log.facts["device"].startswith(f"npu:1 {CHIP}, 2 visible")
 
 
+@pytest.mark.full
 def test_every_line_that_calls_the_devices_api_ran_here(tmp_path):
     """Lines of the script that name torch.npu, torch.accelerator or the device's module, but for the CUDA ones."""
     import coverage

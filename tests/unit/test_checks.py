@@ -481,6 +481,15 @@ def test_what_cards_cost_each_other_is_a_row_for_each_and_one_for_all():
     ]
 
 
+def test_under_torchrun_the_device_is_that_of_the_local_rank(monkeypatch):
+    for name in ("TORCHELASTIC_RUN_ID", "RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "3")
+    cards = v.Cards()
+    assert [cards.device_name(name) for name in ("npu", "cpu")] == ["npu:3", "cpu"]
+    with pytest.raises(v.CannotRun, match="takes the card of its LOCAL_RANK: --device npu, without an index"):
+        cards.device_name("npu:1")
+
+
 # --- modes ------------------------------------------------------------------------------------------------------------
 
 

@@ -59,6 +59,16 @@ def test_a_checksum_sees_the_last_bit_the_name_the_shape_and_the_type():
     assert v.sha256({**weights, "a": torch.ones(3, 2).t()}) in sums, "not how it lies in memory"
 
 
+def test_masks_and_indices_beside_the_weights_are_no_quantised_weights():
+    """As Swin's relative_position_index, or a mask that is saved as a buffer."""
+    tensor = torch.eye(2)
+    state = {"weight": tensor, "index": tensor.long(), "mask": tensor.bool()}
+    assert v.check_tensors("f.pth", state) == []
+    assert v.check_tensors("f.pth", state | {"weight": tensor.half()}) == ["from float16"]
+    with pytest.raises(v.CannotRun, match="is quantised .weight is uint8."):
+        v.check_tensors("f.pth", state | {"weight": tensor.byte()})
+
+
 def test_rope_periods_are_rounded_to_bfloat16_and_kept_in_float32():
     plain, rounded = (v.load_model(new_run("--model", "test_dinov3", *more).options)[0] for more in ((), ("--rope-bf16",)))
     before, after = plain.rope.periods, rounded.rope.periods
