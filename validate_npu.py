@@ -196,7 +196,7 @@ SATURATED_GAIN = 1.05  # --batch-sizes auto ends where twice the batch gives les
 # (least, most) seconds of warm-up for each batch size, and most seconds of timing. A second, because a card idles at a
 # low clock, where it is steady, too. A CPU rehearsal is to end in about a minute.
 WARMUP_SECONDS = {"cpu": (0.5, 1.0), "accelerator": (1.0, 30.0)}
-TIMED_SECONDS = {"cpu": 2.0, "accelerator": 30.0}
+TIMED_SECONDS = {"cpu": 1.0, "accelerator": 30.0}
 STEADY, STEADY_BATCHES = 0.02, 10  # steady: the median of 10 batches is within 2 % of the 10 before
 DRIFT_SECONDS, DRIFT = 1.0, 0.05  # the first row again, and how much its median may have moved beside the spreads
 UNDER_LOAD = "the device computes something else under load: check the card's temperature and memory"
@@ -392,11 +392,16 @@ def ask_for_arithmetic(run: Run) -> None:
     A pass on the meta device tells their shapes. For a model that needs data for that the device is asked in stage 4.
     """
     kinds: dict[tuple[str, str], tuple] = {}
+
+    def remember(kind: tuple[str, str], *how) -> Arithmetic:
+        kinds.setdefault(kind, how)
+        return EXACT
+
     with contextlib.suppress(Exception), torch.no_grad():
         with torch.device("meta"):
             model = create_model(run.options).eval()
             image = torch.empty(1, *timm.data.resolve_model_data_config(model)["input_size"])
-        with imitation(lambda kind, *how: kinds.setdefault(kind, how) and EXACT, {}):
+        with imitation(remember, {}):
             model(image)
     for kind, how in kinds.items():
         run.probe.of(kind, *how)
@@ -977,13 +982,15 @@ class References(NamedTuple):
     own: dict[str, np.ndarray]  # fp32, with both: the yardstick
 
 
-def reference_outputs(run: Run, probe: Probe, images: torch.Tensor, plain: dict[str, np.ndarray]) -> References:
+def reference_outputs(
+    run: Run, probe: Probe, images: torch.Tensor, plain: dict, exact: dict | None = None
+) -> References:
     """What the device should compute, what it would be without its arithmetic, and how far the CPU's fp32 is from it.
 
-    plain: the CPU's outputs in fp32. Raises RuntimeError where products are hidden from the reference.
+    plain, exact: the CPU's outputs in fp32, and in fp64 where they are known. Raises RuntimeError where products are
+    hidden from the reference.
     """
-    own, seen = plain, probe.arithmetic()
-    with seen:
+    with (seen := probe.arithmetic()):
         own = forward_outputs(run.model.cpu, images, run.maps)
     if probe.rounds and (seen.hidden or not seen.rounded):
         raise RuntimeError("the reference did not round all products of this model, although the device rounds")
@@ -992,7 +999,7 @@ def reference_outputs(run: Run, probe: Probe, images: torch.Tensor, plain: dict[
         with widened(run.model.cpu) as double, context:
             return forward_outputs(double, images.double(), run.maps)
 
-    exact = rounded = gelu = outputs(contextlib.nullcontext())
+    exact = rounded = gelu = exact or outputs(contextlib.nullcontext())
     if seen.rounded:
         rounded = outputs(imitation(probe.of, {}))
     if seen.gelus:
@@ -1059,7 +1066,7 @@ def mode_references(run: Run, mode: Mode, images: torch.Tensor, cpu: References)
         return cpu
     if mode.hf32:
         with mode.active(run.device):
-            return reference_outputs(run, Probe(run.device, run.options.seed), images, cpu.plain)
+            return reference_outputs(run, Probe(run.device, run.options.seed), images, cpu.plain, cpu.exact)
     model = copy.deepcopy(run.model.cpu).to(mode.dtype) if mode.half else run.model.cpu
     with imitation(lambda *_: EXACT, run.probe.gelu), mode.active(torch.device("cpu")):
         return cpu._replace(device=cpu.gelu, own=forward_outputs(model, images.to(mode.dtype), run.maps))
@@ -1394,7 +1401,6 @@ def imitation(of: Callable, gelu: dict[str, str]) -> contextlib.AbstractContextM
     products that it rounded, those that were hidden from it, and the GELUs that it changed.
     """
     aten, attention, hosts = torch.ops.aten, torch.nn.functional.scaled_dot_product_attention, ("cpu", "meta")
-    kernel = torch.nn.attention.sdpa_kernel  # the parts of attention, of which a dispatch mode sees the products
 
     class Attention(torch.overrides.TorchFunctionMode):
         """The CPU's fused attention hides its products; a device's has an arithmetic of its own."""
@@ -1407,9 +1413,9 @@ def imitation(of: Callable, gelu: dict[str, str]) -> contextlib.AbstractContextM
             shapes = [(1, heads, min(x.shape[-2], 64), x.shape[-1]) for x in args[:3]]
             products.inside = EXACT  # while the device is asked
             products.inside = of(("attention", str(width)), attention, shapes)
-            fused = contextlib.nullcontext() if products.inside == EXACT else kernel(torch.nn.attention.SDPBackend.MATH)
+            parts = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)  # whose products are seen
             try:
-                with fused:
+                with contextlib.nullcontext() if products.inside == EXACT else parts:
                     return function(*args, **kwargs)
             finally:
                 products.inside = None
@@ -1445,7 +1451,8 @@ def imitation(of: Callable, gelu: dict[str, str]) -> contextlib.AbstractContextM
             self.names.add(function.overloadpacket.__name__)
             return function(*args, **kwargs)
 
-    return (products := Products())
+    products = Products()
+    return products
 
 
 def kind_of_product(function, args: tuple, first: int) -> tuple[tuple[str, str], Callable, list[tuple[int, ...]]]:
