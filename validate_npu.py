@@ -57,7 +57,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
-VERSION = "2.1"  # of the log: logs of one version have the same lines
+VERSION = "2.2"  # of the log: logs of one version have the same lines
 DEFAULT_MODEL = "vit_small_patch16_dinov3.lvd1689m"
 STAGES = ("device", "model", "outputs", "precision", "throughput")
 PASS, SKIP, WARN, FAIL = OUTCOMES = "PASS", "SKIP", "WARN", "FAIL"  # from the best to the worst
@@ -364,6 +364,7 @@ def device_stage(run: Run) -> Iterator[Entry]:
     arithmetic, found = run.probe.recognise(torch.matmul, [run.probe.draw((PROBE_SIZE, PROBE_SIZE)) for _ in range(2)])
     ask_for_arithmetic(run)
     facts["fp32 is computed in"] = str(run.probe)
+    facts["fp16 peak"] = f"{peak} TFLOP/s" if (peak := fp16_peak(chip_name(device))) else ""
     facts["environment"] = " ".join(f"{name}={os.environ[name]}" for name in ENVIRONMENT if name in os.environ)
     yield from (Entry(FACT, name, fact) for name, fact in facts.items() if fact)
     if free is not None:
@@ -1478,14 +1479,12 @@ def kind_of_product(function, args: tuple, first: int) -> tuple[tuple[str, str],
 
 def throughput_stage(run: Run) -> Iterator[Entry]:
     """The time of a batch for each mode and batch size, what it means, and that the timed outputs are right."""
-    flops = count_flops(run)
     yield THROUGHPUT.header("mode")
     for timing in time_all(run, None if run.auto else run.sizes):
         run.timings.append(timing)
         yield judge_timing(timing, run)
     groups = by_mode(run.timings)
-    for group in groups:
-        yield from explain_throughput(group, flops, run.device, chip_name(run.device))
+    yield from explain_throughput(sum(groups, []), run.device)
     if groups:
         yield from drift(run, groups[0][0])
         yield from fastest_mode(run, groups)
@@ -1735,39 +1734,23 @@ def judge_timing(timing: Timing, run: Run) -> Entry:
     return Entry(VARIES, name, THROUGHPUT.row(timing.batch, *figures, len(timing.total_ms)))
 
 
-def explain_throughput(timings: list[Timing], flops: int | None, device: torch.device, chip: str) -> Iterator[Entry]:
-    """What the rows of one mode mean: would a larger batch help, what limits them, can they be trusted.
+def explain_throughput(timings: list[Timing], device: torch.device) -> Iterator[Entry]:
+    """What the rows mean: what limits them, and can they be trusted."""
 
-    flops: of one image. chip: the device's name, for its peak.
-    """
+    def rows(test: Callable[[Timing], bool]) -> str:
+        groups = by_mode(list(filter(test, timings)))
+        return "; ".join(f"{group[0].mode.name} batch {', '.join(str(t.batch) for t in group)}" for group in groups)
 
-    def note(name: str, text: str) -> Entry:
-        return Entry(VARIES, name, f"{timings[0].mode.name}: {text}")
-
-    def sizes(test: Callable[[Timing], bool]) -> str:
-        return ", ".join(str(timing.batch) for timing in timings if test(timing))
-
-    best = max(timings, key=lambda timing: timing.throughput)
-    end = next((f"; it saturates at batch {a.batch}" for a, b in zip(timings, timings[1:]) if b.saturates(a)), "")
-    if not end and timings[1:]:
-        end = "; the largest that was tried, and throughput still grows: see --batch-sizes auto"
-    yield note("best", f"batch {best.batch} with {best.throughput:.2f} images/s{end}")
-    if flops:
-        rate = flops * best.throughput / 1e12
-        peak = fp16_peak(chip)
-        share = f", {rate / peak:.2%} of the {peak} that {chip} has in fp16" if peak else ""
-        yield note("TFLOP/s", f"{rate:.3f} at batch {best.batch}{share}")
-    else:
-        yield note("TFLOP/s", "-, the operations of this model could not be counted")
-    if device.type != "cpu" and (bound := sizes(lambda timing: timing.host_bound)):
+    if device.type != "cpu" and (bound := rows(lambda timing: timing.host_bound)):
         meaning = f"launching takes over {HOST_BOUND:.0%} of the time, so the device waits"
         advice = "larger batches are nearly free, +graph or a faster CPU help"
-        yield note("host-bound", f"batch {bound}: {meaning}; {advice}")
-    if doubtful := sizes(lambda timing: timing.spread > DOUBTFUL_SPREAD):
+        yield Entry(VARIES, "host-bound", f"{bound}: {meaning}; {advice}")
+    if doubtful := rows(lambda timing: timing.spread > DOUBTFUL_SPREAD):
         advice = "is the host or the card shared? bind to cores (CPU_AFFINITY_CONF), raise --iters"
-        yield note("doubtful", f"batch {doubtful}: spread over {DOUBTFUL_SPREAD:.0%}; {advice}")
-    if unsteady := sizes(lambda timing: not timing.steady):
-        yield note("not steady", f"batch {unsteady}: the warm-up ended before the latency had settled to {STEADY:.0%}")
+        yield Entry(VARIES, "doubtful", f"{doubtful}: spread over {DOUBTFUL_SPREAD:.0%}; {advice}")
+    if unsteady := rows(lambda timing: not timing.steady):
+        meaning = f"the warm-up ended before the latency had settled to {STEADY:.0%}"
+        yield Entry(VARIES, "not steady", f"{unsteady}: {meaning}")
 
 
 def drift(run: Run, first: Timing) -> Iterator[Entry]:
@@ -1784,18 +1767,29 @@ def drift(run: Run, first: Timing) -> Iterator[Entry]:
 
 def fastest_mode(run: Run, groups: list[list[Timing]]) -> Iterator[Entry]:
     """For each mode its fastest batch size, beside its error; and which mode is the fastest within --max-error."""
-    yield ANSWER.header("each mode's fastest")
+    flops, peak = count_flops(run), fp16_peak(chip_name(run.device))
     best = [max(group, key=lambda timing: timing.throughput) for group in groups]
-    for timing in best:
+    yield ANSWER.header("each mode's fastest")
+    for timing, group in zip(best, groups):
         gain, error = timing.throughput / best[0].throughput, run.errors.get(timing.mode.base)
-        yield Entry(VARIES, timing.mode.name, ANSWER.row("fastest", timing.batch, timing.throughput, gain, error))
+        rate = flops and flops * timing.throughput / 1e12
+        cells = timing.throughput, gain, error, rate, rate and peak and rate / peak, saturation(group)
+        yield Entry(VARIES, timing.mode.name, ANSWER.row("fastest", timing.batch, *cells))
     limit = f"within --max-error {run.options.max_error:g} (relative L2 against fp64)"
     fastest = fastest_within(run, groups)
     if fastest is None:
         yield Entry(VARIES, "fastest", f"no mode is {limit}")
         return
     gain = f"{fastest.throughput / best[0].throughput:.2f} times {best[0].mode.name}"
-    yield Entry(VARIES, "fastest", f"{fastest.mode.name} with batch {fastest.batch} {limit}: {gain}")
+    group = next(group for group in groups if group[0].mode == fastest.mode)
+    grows = len(group) > 1 and fastest is group[-1] and not saturation(group)
+    more = "; throughput still grows there: see --batch-sizes auto" if grows else ""
+    yield Entry(VARIES, "fastest", f"{fastest.mode.name} with batch {fastest.batch} {limit}: {gain}{more}")
+
+
+def saturation(timings: list[Timing]) -> str | None:
+    """The batch size of a mode beyond which a larger one gains too little; None where none that was tried is."""
+    return next((str(a.batch) for a, b in zip(timings, timings[1:]) if b.saturates(a)), None)
 
 
 def fastest_within(run: Run, groups: list[list[Timing]]) -> Timing | None:
@@ -2712,7 +2706,8 @@ ERRORS = Table("what:<15", "fp64:>7.1e", "cost:>7.1e", "cpu:>7.1e", "row:>7.1e",
 THROUGHPUT = Table("batch:>5", "images/s:>9.2f", "p50_ms:>6.5g", "p90_ms:>6.5g", "p99_ms:>6.5g", "max_ms:>6.5g",
                    "spread:>6.1%", "host_ms:>7.5g", "limit:>6", "first_ms:>8.0f", "peak_MiB:>8.0f",
                    "iters:>5")  # fmt: skip
-ANSWER = Table("what:<8", "batch:>5", "images/s:>9.2f", "speed-up:>8.2f", "rel_L2_fp64:>11.1e")
+ANSWER = Table("what:<8", "batch:>5", "images/s:>9.2f", "speed-up:>8.2f", "rel_L2_fp64:>11.1e", "TFLOP/s:>8.3f",
+               "of_peak:>7.2%", "saturates:>9")  # fmt: skip
 CHART_WIDTH = 30
 CHART = Table("mode:<18", "batch:>5", f"images/s:<{CHART_WIDTH}", f"p50_ms:<{CHART_WIDTH}")
 CARDS = Table("node:>4", "device:<7", "checks:>6", "failed:>6", "warned:>6", "embedding_row:>13.1e", "chip:<1")

@@ -37,8 +37,7 @@ def test_a_mode_that_is_wrong_fails_while_the_others_pass(run):
     assert done.status == 1
     assert marks["logits", "half-float16"] == "FAIL"
     assert marks["logits", "float32"] == marks["logits", "half-bfloat16"] == "PASS"
-    (row,) = re.findall(r"^~ +half-float16 +fastest .*$", done.text, re.MULTILINE)
-    assert row.endswith(" -") and fastest(done) != "half-float16"
+    assert done.rows("throughput")["half-float16", "fastest"]["rel_L2_fp64"] == "-" and fastest(done) != "half-float16"
 
 
 def test_a_mode_that_cannot_run_is_skipped_with_the_reason_and_does_not_end_the_others(run):

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+from small_run import new_run
 
 import validate_npu as v
 
@@ -11,15 +12,11 @@ FASTER = v.Timing(v.FLOAT32, 8, host_ms=(1.0,) * 5, total_ms=(10.0,) * 5)  # 800
 NO_FASTER = v.Timing(v.FLOAT32, 16, host_ms=(1.0,) * 5, total_ms=(19.9,) * 5)  # 804 images/s
 SOME_SLOW = dataclasses.replace(MEASURED, total_ms=(8.0, 8.0, 10.0, 12.0, 12.0))
 ONE_SLOW = dataclasses.replace(MEASURED, total_ms=(10.0, 10.0, 10.0, 10.0, 300.0))
-GROWS = "batch 8 with 800.00 images/s; the largest that was tried, and throughput still grows"
 
 
 @pytest.mark.parametrize(
     ("timings", "name", "text"),
     [
-        ([MEASURED, FASTER], "best", GROWS),
-        ([MEASURED, FASTER, NO_FASTER], "best", "batch 16 with 804.02 images/s; it saturates at batch 8"),
-        ([MEASURED], "TFLOP/s", "4.000 at batch 4"),
         ([MEASURED, FASTER], "host-bound", "batch 4: launching takes over 80% of the time"),
         ([FASTER], "host-bound", None),
         ([SOME_SLOW], "doubtful", "batch 4: spread over 10%"),
@@ -29,12 +26,30 @@ GROWS = "batch 8 with 800.00 images/s; the largest that was tried, and throughpu
     ],
 )
 def test_the_table_is_explained(timings, name, text):
-    entries = v.explain_throughput(timings, 10**10, v.torch.device("cuda", 0), chip="some chip")
+    entries = v.explain_throughput(timings, v.torch.device("cuda", 0))
     found = [entry for entry in entries if entry.name == name]
     assert all(entry.mark == v.VARIES for entry in found), "what a clock says must not show in a diff"
     assert [text in entry.text for entry in found] == ([True] if text else [])
 
 
-def test_the_share_of_a_known_chips_peak_is_said():
-    entries = v.explain_throughput([MEASURED], 10**10, v.torch.device("cuda", 0), chip="Ascend910B4")
-    assert any("4.000 at batch 4, 1.63% of the 245.8 that Ascend910B4 has in fp16" in entry.text for entry in entries)
+HALF = dataclasses.replace(FASTER, mode=v.MODES["half-float16"])
+
+
+@pytest.mark.parametrize(
+    ("timings", "row", "sentence"),
+    [
+        ([MEASURED], ["float32", "fastest", "4", "400.00", "1.00", "1.0e-03"], "float32 with batch 4"),
+        ([MEASURED, FASTER], ["float32", "fastest", "8", "800.00", "1.00", "1.0e-03"], "throughput still grows there"),
+        ([MEASURED, FASTER, NO_FASTER], ["float32", "fastest", "16", "804.02", "1.00", "1.0e-03"], "1.00 times float32"),
+        ([MEASURED, HALF], ["half-float16", "fastest", "8", "800.00", "2.00", "-"], "float32 with batch 4"),
+    ],
+    ids=["one size", "grows", "saturates", "half, which failed in stage 4"],
+)
+def test_each_modes_fastest_batch_stands_beside_its_error(timings, row, sentence):
+    run = new_run("--batch-sizes", *(timing.batch for timing in timings))
+    run.images, run.errors = v.torch.zeros(1, 3, 160, 160), {"float32": 1e-3}
+    *rows, answer = v.fastest_mode(run, v.by_mode(timings))
+    cells = [rows[-1].name, *v.Table.split(rows[-1].text)]
+    assert cells[:6] == row and float(cells[6]) > 0, "TFLOP/s of test_vit"
+    assert cells[7:] == ["-", "8" if timings[-1] == NO_FASTER else "-"], "no peak is known of a CPU"
+    assert sentence in answer.text and ("still grows" in answer.text) == (sentence == "throughput still grows there")
