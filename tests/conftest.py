@@ -191,9 +191,16 @@ def pytest_addoption(parser):
     )
 
 
+def pytest_sessionstart(session):
+    """The emulator is compiled, where that is still to be done, while units are tested."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        command = [sys.executable, TESTS / "ascend_emulator", "true"]
+        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
 def pytest_collection_modifyitems(config, items):
-    """What measures time comes last; what takes minutes only with --full."""
-    items.sort(key=lambda item: item.get_closest_marker("timing") is not None)
+    """Units come first, and what measures time last; what takes minutes only with --full."""
+    items.sort(key=lambda item: (item.get_closest_marker("timing") is not None, item.path.parent.name != "unit"))
     for item in items:
         if item.get_closest_marker("full") and not config.getoption("--full"):
             item.add_marker(pytest.mark.skip(reason="takes minutes: --full"))
