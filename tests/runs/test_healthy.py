@@ -16,7 +16,7 @@ MODELS = {
     "random 1": ("--model", "test_dinov3", "--seed", "1"),
     "random 2": ("--model", "test_dinov3", "--seed", "2"),
     "trained ViT": ("--model", "test_trained_vit", "--image", PICTURES["chelsea"]),
-    "trained CNN": ("--model", "efficientnet_lite0", "--image", PICTURES["chelsea"]),
+    "trained CNN": ("--model", "efficientnet_lite0", "--input-size", "128", "--image", PICTURES["chelsea"]),
     "24 blocks": ("--model", "test_deep_vit"),
 }
 WEIGHTS = {"trained ViT": trained.dinov2_vit_small, "trained CNN": trained.efficientnet_lite0}
