@@ -194,8 +194,8 @@ PICTURES, PICTURE_BATCH = 4, 8  # pictures that stages 3 and 4 treat as the seed
 DEFAULT_BATCH_SIZES, MAX_AUTO_BATCH = [1, 4, 8, 16], 1024
 SATURATED_GAIN = 1.05  # --batch-sizes auto ends where twice the batch gives less than 5 % more throughput
 # (least, most) seconds of warm-up for each batch size, and most seconds of timing. A second, because a card idles at a
-# low clock, where it is steady, too. A CPU rehearsal is to end in about a minute.
-WARMUP_SECONDS = {"cpu": (0.5, 1.0), "accelerator": (1.0, 30.0)}
+# low clock, where it is steady, too. A CPU rehearsal is to end in half a minute.
+WARMUP_SECONDS = {"cpu": (0.2, 0.5), "accelerator": (1.0, 30.0)}
 TIMED_SECONDS = {"cpu": 1.0, "accelerator": 30.0}
 STEADY, STEADY_BATCHES = 0.02, 10  # steady: the median of 10 batches is within 2 % of the 10 before
 DRIFT_SECONDS, DRIFT = 1.0, 0.05  # the first row again, and how much its median may have moved beside the spreads
