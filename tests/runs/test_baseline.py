@@ -9,13 +9,13 @@ KNOWN_TIME = (*SMALL, "--batch-sizes", "1", "--iters", "5", "--baseline", "valid
 @pytest.mark.timing
 def test_a_run_is_compared_with_its_baseline(run):
     """On a device with a known time: the same again passes, one that takes half as long again fails."""
-    first = run(*KNOWN_TIME[:-2], KERNEL_TIME="Convolution=200")
+    first = run(*KNOWN_TIME[:-2], KERNEL_TIME="Convolution=120")
     assert first.clean, first.stdout
-    same = run(*KNOWN_TIME, KERNEL_TIME="Convolution=200")
+    same = run(*KNOWN_TIME, KERNEL_TIME="Convolution=120")
     assert same.clean, same.stdout
     assert "\n[comparison] with validation_output.txt\n" in same.text
     assert "changed lines          none" in same.text
-    slow = run(*KNOWN_TIME, KERNEL_TIME="Convolution=300")
+    slow = run(*KNOWN_TIME, KERNEL_TIME="Convolution=180")
     assert slow.status == 1 and slow.result.startswith("RESULT: FAIL")
     assert len(slow.failures) == 1 and slow.failures[0].startswith("FAIL speed: float32 1 of throughput: ")
     assert slow.path.read_text("utf-8") == slow.stdout, "the baseline was read before it was replaced"

@@ -95,7 +95,8 @@ def read(terminal):
     [
         ("missing", "(RepositoryNotFoundError: 404 Client Error.): the hub has no such model, or it is private (set HF_TOKEN)"),
         ("gated", "(GatedRepoError: 401 Client Error.): ask for access on the model's page and set HF_TOKEN"),
-        ("truncated", "expected 1491816)): the hub answers, but the file's storage does not, or breaks off"),
+        pytest.param("truncated", "expected 1491816)): the hub answers, but the file's storage does not, or breaks off",
+                     marks=pytest.mark.full),
         ("stall half-way", "(ReadTimeout: timed out): the hub answers, but the file's storage does not, or breaks off"),
         ("storage out of reach", "Connection refused): the hub answers, but the file's storage does not, or breaks off"),
         (
