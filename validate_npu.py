@@ -1102,7 +1102,8 @@ def not_judged(entry: Entry, mode: Mode, floor: float) -> Entry:
     if floor > CANNOT_JUDGE:
         problem = f"not judged: the CPU's own fp32 is as far off ({floor:.1e})"
         return entry._replace(mark=WARN, problem=problem, advice="use weights for which fp32 is enough")
-    problem = f"not judged: it overflows in {mode.amp or mode.half} on the CPU as well"
+    dtype = mode.amp or mode.half or "float16"  # in which a 310P or 910A computes fp32
+    problem = f"not judged: it overflows in {dtype} on the CPU as well"
     return entry._replace(mark=WARN, problem=problem, advice="the model's range is too large for float16: use bfloat16")
 
 

@@ -94,6 +94,11 @@ def test_what_cannot_be_judged_is_said_and_counted(alike, mode, outcome, problem
     assert (run.report.unjudged > 0) == (outcome == WARN)
 
 
+def test_an_overflow_in_fp32_is_one_of_the_float16_that_a_310p_computes_it_in():
+    entry = v.not_judged(v.Entry(PASS, "embedding", ""), v.FLOAT32, floor=1e-7)
+    assert (entry.mark, entry.problem) == (WARN, "not judged: it overflows in float16 on the CPU as well")
+
+
 def test_timed_outputs_are_not_judged_either_where_the_mode_overflows():
     """A limit without bounds would let them all pass."""
     run = both_changed(overflow_in_float16, "--modes", "amp-float16")
