@@ -2127,13 +2127,13 @@ class Cards:
         except RuntimeError as error:  # the store is gone, and torchrun with it
             raise CardsLost([]) from error
 
-    def roll_call(self, occasion: str) -> list[int]:
-        """Ranks that do not answer any more. torchrun ends all processes as soon as one has ended with an error."""
+    def roll_call(self) -> list[int]:
+        """Ranks that do not answer any more, when torchrun ends all processes because one has failed."""
         if self.store is None:
             return []
         try:
-            self.store.set(f"{occasion}/{self.rank}", b"here")
-            return self.absent(occasion, ROLL_CALL_SECONDS)
+            self.store.set(f"roll call/{self.rank}", b"here")
+            return self.absent("roll call", ROLL_CALL_SECONDS)
         except RuntimeError:
             return []
 
@@ -2864,7 +2864,7 @@ def watch(report: Report, cards: Cards) -> None:
 
     def wait() -> None:
         number = os.read(receiver, 1)[0]
-        if number == signal.SIGTERM and (lost := cards.roll_call("SIGTERM")):
+        if number == signal.SIGTERM and (lost := cards.roll_call()):  # torchrun ends all because one has failed
             report.lock.acquire()
             os._exit(report.finish_without(lost))
         report.end(f"interrupted by {signal.Signals(number).name} in stage {report.doing}", 128 + number)
@@ -3020,10 +3020,8 @@ def main(argv: list[str] | None = None) -> int:
         cards.gather("end")  # wait for all: when one process ends with an error, torchrun kills card 0, which writes
         return status
     except CannotRun as problem:
-        report.lock.acquire()  # that is the last word, whatever signal comes
-        status = report.not_run(f"error: {problem}", 2)
-        cards.roll_call("not run")  # so that card 0 has said it before torchrun ends it
-        return status
+        report.lock.acquire()  # that is the last word: torchrun ends card 0 as soon as another has ended
+        return report.not_run(f"error: {problem}", 2)
     except CardsLost as lost:
         return report.finish_without(lost.args[0])
     except SystemExit as end:  # argparse has told what is wrong with the arguments, or printed the help
