@@ -250,11 +250,16 @@ def error_of(a, b):
     return ((a.cpu() - b).norm() / b.norm()).item()
 """
 
-EPILOGUE = """
-print(json.dumps(found), flush=True)
-if "TRACE_AT_EXIT" in os.environ:  # a forked process ends without C++'s own exit, which writes the trace
-    import ctypes
-    ctypes.CDLL(None).exit(0)
+# In one piece, because torchrun's processes share their stdout.
+PRINT = """
+sys.stdout.write(json.dumps(found) + chr(10))
+sys.stdout.flush()
+"""
+
+# A forked process ends without C++'s own exit, which writes the trace.
+EXIT = """
+import ctypes
+ctypes.CDLL(None).exit(0)
 """
 
 COMPARE = f"""
@@ -563,7 +568,7 @@ def results(fork, tmp_path_factory):
     def run(name):
         code, knobs, variables = PROGRAMS[name]
         script, trace = folder / f"{name}.py", folder / f"{name}.trace"
-        script.write_text(PRELUDE + code + EPILOGUE)
+        script.write_text(PRELUDE + code + PRINT + ("" if name in LAUNCHED else EXIT))
         if name in LAUNCHED:
             torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
             command = [*(torchrun if name == "torchrun" else []), str(script)]
@@ -571,7 +576,7 @@ def results(fork, tmp_path_factory):
             result = launch(*command, ASCEND_EMULATOR_TRACE=str(trace), **variables)
         else:
             (folder / name).mkdir(exist_ok=True)
-            done = fork([], folder / name, environment(TRACE=trace, **knobs) | variables | {"TRACE_AT_EXIT": "1"}, script)
+            done = fork([], folder / name, environment(TRACE=trace, **knobs) | variables, script)
             result = types.SimpleNamespace(code=done.status, output=done.stdout, errors=done.stderr)
         result.found = [json.loads(line) for line in result.output.splitlines() if line.startswith("{")]
         result.used = trace.read_text().splitlines() if trace.exists() else []

@@ -43,6 +43,12 @@ def test_what_the_device_computes_in_is_asked_and_said(healthy):
     assert re.search(r"matmul \(4 shapes\), attention 64: 23 bits", said) and said.endswith("GELU: tanh")
 
 
+def test_the_share_of_the_chips_peak_is_said(healthy):
+    assert healthy.log.facts["fp16 peak"] == "245.8 TFLOP/s"
+    row = healthy.rows("throughput")["float32", "fastest"]
+    assert float(row["of_peak"].rstrip("%")) == pytest.approx(100 * float(row["TFLOP/s"]) / 245.8, abs=0.006)
+
+
 def test_what_the_arithmetic_costs_is_said_with_the_switches_that_avoid_it(healthy):
     cost = healthy.log.facts["cost"]
     assert re.search(r"HF32 alone by \d\.\de-05, which torch.npu.conv.allow_hf32 = False avoids", cost), cost

@@ -53,3 +53,12 @@ def test_each_modes_fastest_batch_stands_beside_its_error(timings, row, sentence
     assert cells[:6] == row and float(cells[6]) > 0, "TFLOP/s of test_vit"
     assert cells[7:] == ["-", "8" if timings[-1] == NO_FASTER else "-"], "no peak is known of a CPU"
     assert sentence in answer.text and ("still grows" in answer.text) == (sentence == "throughput still grows there")
+
+
+def test_the_share_of_a_known_chips_peak_is_said(monkeypatch):
+    monkeypatch.setitem(v.FP16_PEAK, "cpu", 0.5)
+    run = new_run()
+    run.images = v.torch.zeros(1, 3, 160, 160)
+    _, row, _ = v.fastest_mode(run, [[MEASURED]])
+    rate = 400 * v.count_flops(run) / 1e12
+    assert rate > 0 and v.Table.split(row.text)[5:7] == [f"{rate:.3f}", f"{rate / 0.5:.2%}"]
