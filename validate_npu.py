@@ -262,6 +262,12 @@ class Run:
         warn = max(OPERATOR[arithmetic] for arithmetic in ("float32", *self.documented.values()))
         self.same_input = Limit(warn, SAME_INPUT_FAIL * warn)
 
+    @functools.cached_property
+    def skeleton(self) -> torch.nn.Module | None:
+        """The model on the meta device, where weights take no memory; None where timm cannot make it there."""
+        with contextlib.suppress(Exception), torch.device("meta"):
+            return create_model(self.options).eval()
+
     def batches(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The inputs of stage 3 by name, (B, 3, H, W): the first of the seeded images, then the pictures."""
         for size in dict.fromkeys([1, *self.sizes]):
@@ -399,11 +405,9 @@ def ask_for_arithmetic(run: Run) -> None:
         return EXACT
 
     with contextlib.suppress(Exception), torch.no_grad():
-        with torch.device("meta"):
-            model = create_model(run.options).eval()
-            image = torch.empty(1, *timm.data.resolve_model_data_config(model)["input_size"])
+        size = timm.data.resolve_model_data_config(run.skeleton)["input_size"]
         with imitation(remember, {}):
-            model(image)
+            run.skeleton(torch.empty(1, *size, device="meta"))
     for kind, how in kinds.items():
         run.probe.of(kind, *how)
 
@@ -422,6 +426,7 @@ def judge_arithmetic(run: Run) -> Iterator[Entry]:
 def model_stage(run: Run) -> Iterator[Entry]:
     """Which weights and inputs these are, and the first forward pass, where every operator must have a kernel."""
     options, device = run.options, run.device
+    check_memory(run)
     started = time.perf_counter()
     model, source = run.cards.once_per_host("model", lambda: load_model(options))
     load_seconds = time.perf_counter() - started
@@ -455,6 +460,41 @@ def model_stage(run: Run) -> Iterator[Entry]:
     yield cpu_fallback(device, seen.names, "".join(said))
     yield Entry(VARIES, "loaded in", f"{load_seconds:.1f} s")
     yield Entry(VARIES, "first call", f"{first_seconds:.2f} s, kernel compilation included")
+
+
+def check_memory(run: Run) -> None:
+    """Raises CannotRun where the host has less memory than the weights take: the system would kill the process.
+
+    They are there in fp64 for the reference, which takes the place of fp32, and once more in a rehearsal.
+    """
+    each, processes = 12 if run.device.type == "cpu" else 8, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    parameters = sum(parameter.numel() for parameter in run.skeleton.parameters()) if run.skeleton else 0
+    if (needed := processes * each * parameters) > (left := memory_left()):
+        problem = f"{run.options.model} takes {needed / GIB:.1f} GiB of host memory ({each} bytes a parameter"
+        problem += f", {processes} processes)" if processes > 1 else ")"
+        raise CannotRun(f"{problem}, and {left / GIB:.1f} GiB are left here, in this host or its container's limit")
+
+
+def memory_left(root: str = "/") -> float:
+    """Bytes of memory that a process can still have: what the system has, or what the container's limit leaves.
+
+    The limit is in the files of the container's cgroup, version 2 or 1. Memory that holds files will be given back.
+    """
+
+    def read(*path: str) -> str:
+        with open(os.path.join(root, *path), encoding="utf-8") as file:
+            return file.read()
+
+    left = math.inf
+    with contextlib.suppress(OSError):
+        system = dict(re.findall(r"(\w+): *(\d+) kB", read("proc", "meminfo")))
+        left = 1024 * (int(system["MemAvailable"]) + int(system["SwapFree"]))
+    v2, v1 = ("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    for folder, (limit, usage) in (("sys/fs/cgroup", v2), ("sys/fs/cgroup/memory", v1)):
+        with contextlib.suppress(OSError, ValueError):  # "max" is no number
+            files = re.search(r"^(?:file|total_cache) (\d+)", read(folder, "memory.stat"), re.MULTILINE)
+            left = min(left, int(read(folder, limit)) - int(read(folder, usage)) + int(files[1]))
+    return left
 
 
 def load_model(options: argparse.Namespace) -> tuple[torch.nn.Module, str]:
@@ -1557,9 +1597,10 @@ def time_batches(
     device, options = run.device, run.options
     kind = "cpu" if device.type == "cpu" else "accelerator"
     first_ms = time_batch(forward, inputs, device)[1]
-    steady = True
+    steady, (least, most) = True, WARMUP_SECONDS[kind]
     if options.warmup and not seconds:  # 0 means none
-        steady = warm_up(lambda: time_batch(forward, inputs, device)[1], options.warmup, *WARMUP_SECONDS[kind])
+        most -= first_ms / 1000 if kind == "cpu" else 0  # where nothing is compiled in the first call
+        steady = warm_up(lambda: time_batch(forward, inputs, device)[1], options.warmup, least, most)
     host_ms, total_ms, worst = [], [], compare(reference, reference)
     end = time.perf_counter() + (seconds or TIMED_SECONDS[kind])
     batches = itertools.count() if seconds else range(options.iters)
@@ -1579,7 +1620,7 @@ def time_batches(
 def warm_up(run_batch: Callable[[], float], count: int, least: float, most: float) -> bool:
     """Run batches, at least `count` and `least` seconds, until the latency is steady or `most` seconds are over."""
     times, steady, start = [], False, time.perf_counter()
-    while (seconds := time.perf_counter() - start) < least or seconds < most and not (steady and len(times) >= count):
+    while (seconds := time.perf_counter() - start) < most and (seconds < least or len(times) < count or not steady):
         times.append(run_batch())
         recent, earlier = times[-STEADY_BATCHES:], times[-2 * STEADY_BATCHES : -STEADY_BATCHES]
         if len(earlier) == STEADY_BATCHES:
@@ -1705,10 +1746,8 @@ def count_flops(run: Run) -> int | None:
     from torch.utils.flop_counter import FlopCounterMode
 
     try:
-        with torch.device("meta"):
-            model = create_model(run.options).eval()
         with FlopCounterMode(display=False) as counter, torch.inference_mode():
-            model(torch.empty(1, *run.images.shape[1:], device="meta"))
+            run.skeleton(torch.empty(1, *run.images.shape[1:], device="meta"))
         return counter.get_total_flops()
     except Exception:  # a model may do anything with a tensor that has no data
         return None

@@ -23,12 +23,15 @@ device = v.find_device(options.device)
 import torch
 from torch._dynamo.utils import same
 
-model = v.load_model(options)
+model, _ = v.load_model(options)
 images = v.draw_images(v.PRECISION_IMAGES, v.timm.data.resolve_model_data_config(model)["input_size"], options.seed)
 with torch.no_grad():
     exact = copy.deepcopy(model).double()(images.double())
     right = model(images)
-    found = model.to(device)(images.to(device)).cpu()
+    try:
+        found = model.to(device)(images.to(device)).cpu()
+    except RuntimeError:  # a device that fails is noticed by any script
+        found = torch.full_like(right, torch.nan)
 met = {
     "card": bool((found - right).abs().max() < v.CARD_MAX_ABS),
     "same": same(right, found, fp64_ref=exact, tol=1e-3, log_error=lambda *_: None),

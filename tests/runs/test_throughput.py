@@ -223,12 +223,12 @@ def test_flops_are_those_of_the_matrix_products_and_convolutions(model):
 
 @pytest.mark.timing
 def test_the_warm_up_goes_on_until_the_latency_is_steady_and_0_means_none():
-    """A device that idled at a low clock: 30 batches of 15 ms, then 3 ms each. The slow ones are not timed."""
+    """A device that idled at a low clock: 20 batches of 15 ms, then 3 ms each. The slow ones are not timed."""
     calls = []
 
     def forward(images):
         calls.append(1)
-        time.sleep(0.015 if len(calls) <= 30 else 0.003)
+        time.sleep(0.015 if len(calls) <= 20 else 0.003)
         return images
 
     images = v.torch.ones(1, 3)

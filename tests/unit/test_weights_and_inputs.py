@@ -10,6 +10,41 @@ import validate_npu as v
 np, torch, timm = v.np, v.torch, v.timm
 
 
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+MEMINFO = "MemTotal: 9000 kB\nMemAvailable:    8000 kB\nSwapFree:     192 kB\n"
+V1, V2 = "sys/fs/cgroup/memory", "sys/fs/cgroup"
+
+
+@pytest.mark.parametrize(
+    ("files", "left"),
+    [
+        ({"proc/meminfo": MEMINFO}, 8192 * 1024),
+        ({}, float("inf")),
+        ({"proc/meminfo": MEMINFO, f"{V2}/memory.max": "max\n", f"{V2}/memory.current": "5\n",
+          f"{V2}/memory.stat": "anon 3\nfile 2\n"}, 8192 * 1024),
+        ({"proc/meminfo": MEMINFO, f"{V2}/memory.max": "1000\n", f"{V2}/memory.current": "500\n",
+          f"{V2}/memory.stat": "anon 300\nfile 200\n"}, 700),
+        ({"proc/meminfo": MEMINFO, f"{V1}/memory.limit_in_bytes": "1000\n", f"{V1}/memory.usage_in_bytes": "600\n",
+          f"{V1}/memory.stat": "cache 1\ntotal_cache 200\n"}, 600),
+    ],
+    ids=["no container", "no Linux", "a container without a limit", "a limit, cgroup 2", "a limit, cgroup 1"],
+)  # fmt: skip
+def test_memory_is_what_the_system_has_or_the_containers_limit_leaves(tmp_path, files, left):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert v.memory_left(tmp_path) == left
+
+
+def test_a_model_that_the_host_has_no_memory_for_ends_the_run_before_its_weights_are_there():
+    run = new_run()
+    run.skeleton = torch.nn.Linear(2**20, 2**20, device="meta")
+    with pytest.raises(v.CannotRun, match=r"^test_vit takes 12288.0 GiB of host memory \(12 bytes a parameter\), and"):
+        next(v.model_stage(run))
+    assert run.model is None
+
+
 # --- weights ----------------------------------------------------------------------------------------------------------
 
 
