@@ -27,18 +27,15 @@ Exit status: 0 no check failed, 1 a check failed, 2 the run could not be done, 1
 
 from __future__ import annotations
 
+# What takes milliseconds, and only a run needs, is imported where it is used: --help takes a tenth of a second.
 import argparse
-import configparser
 import contextlib
 import copy
 import dataclasses
 import difflib
 import functools
 import glob
-import hashlib
 import itertools
-import json
-import logging
 import math
 import os
 import pickle
@@ -46,10 +43,8 @@ import platform
 import re
 import resource
 import signal
-import statistics
 import subprocess
 import sys
-import tempfile
 import textwrap
 import threading
 import time
@@ -426,7 +421,7 @@ def judge_arithmetic(run: Run) -> Iterator[Entry]:
 def model_stage(run: Run) -> Iterator[Entry]:
     """Which weights and inputs these are, and the first forward pass, where every operator must have a kernel."""
     options, device = run.options, run.device
-    check_memory(run)
+    run.cards.all_or_none("memory", lambda: check_memory(run))
     started = time.perf_counter()
     model, source = run.cards.once_per_host("model", lambda: load_model(options))
     load_seconds = time.perf_counter() - started
@@ -467,7 +462,7 @@ def check_memory(run: Run) -> None:
 
     They are there in fp64 for the reference, which takes the place of fp32, and once more in a rehearsal.
     """
-    each, processes = 12 if run.device.type == "cpu" else 8, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    each, processes = 12 if run.device.type == "cpu" else 8, run.cards.local_size
     parameters = sum(parameter.numel() for parameter in run.skeleton.parameters()) if run.skeleton else 0
     if (needed := processes * each * parameters) > (left := memory_left()):
         problem = f"{run.options.model} takes {needed / GIB:.1f} GiB of host memory ({each} bytes a parameter"
@@ -653,6 +648,8 @@ def read_checkpoint(path: str) -> dict:
             raise CannotRun(f"the weights file {path} cannot be read: {kind}")
     try:
         if path.endswith(".json"):
+            import json
+
             with open(path, encoding="utf-8") as file:
                 shards = sorted(set(json.load(file)["weight_map"].values()))
             parts = [read_checkpoint(os.path.join(os.path.dirname(path), shard)) for shard in shards]
@@ -813,13 +810,15 @@ def load_pictures(given: list[str], config: dict) -> Iterator[tuple[str, torch.T
     transform, seen = timm.data.create_transform(**config, is_training=False), set()
     for path in tqdm(paths, desc="pictures", leave=False, disable=True if len(paths) < 16 else None):
         picture = load_picture(path, transform)
-        if (digest := hashlib.sha256(picture.numpy()).digest()) not in seen:
+        if (digest := sha256({"picture": picture})) not in seen:
             seen.add(digest)
             yield os.path.basename(path), picture
 
 
 def sha256(tensors: dict[str, torch.Tensor]) -> str:
     """SHA-256 over names, dtypes, shapes and bytes, in order."""
+    import hashlib
+
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -1562,7 +1561,7 @@ class Timing:
 
     @property
     def host_bound(self) -> bool:
-        return statistics.median(self.host_ms) >= HOST_BOUND * statistics.median(self.total_ms)
+        return bool(np.median(self.host_ms) >= HOST_BOUND * np.median(self.total_ms))
 
     @property
     def spread(self) -> float:
@@ -1624,7 +1623,7 @@ def warm_up(run_batch: Callable[[], float], count: int, least: float, most: floa
         times.append(run_batch())
         recent, earlier = times[-STEADY_BATCHES:], times[-2 * STEADY_BATCHES : -STEADY_BATCHES]
         if len(earlier) == STEADY_BATCHES:
-            steady = abs(statistics.median(recent) / statistics.median(earlier) - 1) < STEADY
+            steady = bool(abs(np.median(recent) / np.median(earlier) - 1) < STEADY)
     return steady
 
 
@@ -1769,7 +1768,7 @@ def judge_timing(timing: Timing, run: Run) -> Entry:
         return Entry(timing.outcome, name, "", timing.problem, DEVICE_LOG)
     latencies = *np.percentile(timing.total_ms, (50, 90, 99)), max(timing.total_ms)
     limit = "-" if run.device.type == "cpu" else "host" if timing.host_bound else "device"
-    host, peak = statistics.median(timing.host_ms), timing.peak_bytes and timing.peak_bytes / MIB
+    host, peak = np.median(timing.host_ms), timing.peak_bytes and timing.peak_bytes / MIB
     figures = timing.throughput, *latencies, timing.spread, host, limit, timing.first_ms, peak
     return Entry(VARIES, name, THROUGHPUT.row(timing.batch, *figures, len(timing.total_ms)))
 
@@ -1798,7 +1797,7 @@ def drift(run: Run, first: Timing) -> Iterator[Entry]:
     with run.in_mode(first.mode):
         seconds = min(DRIFT_SECONDS, sum(first.total_ms) / 1000)
         again = time_size(run, first.mode, first.batch, None, seconds)
-    before, after = (statistics.median(timing.total_ms) for timing in (first, again))
+    before, after = (np.median(timing.total_ms) for timing in (first, again))
     if abs(after / before - 1) > max(DRIFT, (first.spread + again.spread) / 2):
         text = f"p50 {before:.5g} ms at first, {after:.5g} ms at the end of this stage ({after / before - 1:+.0%})"
         advice = "the clock moves, so no row here is steady; --duration shows for how long"
@@ -1860,7 +1859,7 @@ def chart(timings: list[Timing]) -> Iterator[Entry]:
     """Throughput and median latency of each row as bars, each relative to the longest."""
     timings = [timing for timing in timings if timing.total_ms]
     rates = [timing.throughput for timing in timings]
-    times = [statistics.median(timing.total_ms) for timing in timings]
+    times = [np.median(timing.total_ms) for timing in timings]
     yield CHART.header("bars")
     for timing, rate, ms in zip(timings, rates, times):
         bars = ("#" * max(1, round(CHART_WIDTH * part)) for part in (rate / max(rates), ms / max(times)))
@@ -2122,7 +2121,8 @@ class Cards:
         torchrun = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}  # a cluster may set WORLD_SIZE without it
         numbers = (int(torchrun.get(name, 0)) for name in ("RANK", "LOCAL_RANK", "GROUP_RANK"))
         self.rank, self.local_rank, self.host = numbers
-        self.size, self.store = int(torchrun.get("WORLD_SIZE", 1)), None
+        self.size, self.local_size = (int(torchrun.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+        self.store = None
 
     def connect(self, report: Report, seconds: float) -> None:
         """seconds: how long one card waits for another. Raises CannotRun where the store does not answer."""
@@ -2410,7 +2410,7 @@ def find_device(name: str) -> torch.device:
 def find_npu() -> None:
     """Import torch_npu, which registers "npu" with torch. Raises CannotRun with the cause of a failure."""
     version = torch.__version__.split("+")[0]
-    from importlib.metadata import distributions  # which takes a while, and --help shall not
+    from importlib.metadata import distributions
 
     npu = next((found.version for found in distributions(name="torch-npu")), "")
     try:
@@ -2528,6 +2528,8 @@ def fp16_peak(chip: str) -> float | None:
 
     There is no official figure for HF32, so the share of this one is shown whatever the mode.
     """
+    import configparser
+
     file = configparser.ConfigParser(strict=False)
     with contextlib.suppress(configparser.Error, KeyError, ValueError):
         file.read(glob.glob(f"{os.environ.get('ASCEND_HOME_PATH')}/*-linux/data/platform_config/{chip}.ini"))
@@ -2597,6 +2599,8 @@ def stderr_copied(device: torch.device) -> Iterator[list[str]]:
 
     tee passes it on: a process of its own, so that the last words of one that aborts are not lost.
     """
+    import tempfile
+
     said: list[str] = []
     if device.type != "npu" or sys.stderr is None:
         yield said
@@ -2642,6 +2646,8 @@ def import_packages() -> None:
     Raises CannotRun when one is missing or broken.
     """
     global np, safetensors, timm, torch
+    import logging
+
     # torch would import torch_npu itself and die where CANN is missing; find_npu does it and tells the causes apart.
     os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
     # torch_npu would run an operator that has no NPU kernel on the CPU, unseen from Python; so it is an error by name.
@@ -3019,6 +3025,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def check_paths(options: argparse.Namespace) -> None:
     """Find what would only fail after minutes of work. Raises CannotRun."""
+    import tempfile
+
     target = os.path.realpath(options.output)
     if os.path.exists(target) and not os.path.isfile(target):
         raise CannotRun(f"the log cannot be written: {options.output} is not a regular file")
