@@ -52,7 +52,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
-VERSION = "2.2"  # of the log: logs of one version have the same lines
+VERSION = "2.3"  # of the log: logs of one version have the same lines
 DEFAULT_MODEL = "vit_small_patch16_dinov3.lvd1689m"
 STAGES = ("device", "model", "outputs", "precision", "throughput")
 PASS, SKIP, WARN, FAIL = OUTCOMES = "PASS", "SKIP", "WARN", "FAIL"  # from the best to the worst
@@ -335,6 +335,7 @@ def head(run: Run) -> None:
     text = (
         f"weights {os.path.basename(options.weights)}, batch sizes {' '.join(map(str, options.batch_sizes))},"
         f" warm-up {options.warmup}, iterations {options.iters}, seed {options.seed}, pictures {len(options.image)},"
+        f" duration {options.duration} s,"
         f" input size {' x '.join(map(str, options.input_size)) or 'default'},"
         f" modes {' '.join(mode.name for mode in [*run.modes, *run.lacking])},"
         f" RoPE periods in {'bfloat16' if options.rope_bf16 else 'float32'}"
@@ -354,14 +355,13 @@ def device_stage(run: Run) -> Iterator[Entry]:
         module = torch.get_device_module(device.type)
         free, total = module.mem_get_info(device)
         text += f" {chip_name(device)}, {module.device_count()} visible, {total / GIB:.1f} GiB"
-    facts = {"device": text, "python": platform.python_version()}
-    facts |= {"host": host_name(), "torch": torch.__version__}
-    facts |= accelerator_versions(device)
-    facts |= {"timm": timm.__version__, "numpy": np.__version__}
-    threads, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
-    slow = threads < os.cpu_count() // 2
-    facts["CPU threads"] = f"{threads} on {cores} of {os.cpu_count()} cores"
-    facts["CPU threads"] += " (OMP_NUM_THREADS or CPU_AFFINITY_CONF: the CPU's reference takes longer)" if slow else ""
+    facts = {"device": text, "python": platform.python_version(), "host": host_name(), "torch": torch.__version__}
+    facts |= {**accelerator_versions(device), "timm": timm.__version__, "numpy": np.__version__}
+    threads, cores = torch.get_num_threads(), os.cpu_count()
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores  # macOS does not tell
+    facts["CPU threads"] = f"{threads} on {allowed} of {cores} cores"
+    if threads < cores // 2:
+        facts["CPU threads"] += " (OMP_NUM_THREADS or CPU_AFFINITY_CONF: the CPU's reference takes longer)"
     arithmetic, found = run.probe.recognise(torch.matmul, [run.probe.draw((PROBE_SIZE, PROBE_SIZE)) for _ in range(2)])
     ask_for_arithmetic(run)
     facts["fp32 is computed in"] = str(run.probe)
@@ -409,8 +409,9 @@ def ask_for_arithmetic(run: Run) -> None:
 
 def judge_arithmetic(run: Run) -> Iterator[Entry]:
     """Fewer bits than switch and chip document, which nobody asked for, are worth a WARN."""
+    documented = run.documented | {"attention": run.documented["matmul"]}
     fewer = [" ".join(kind) for kind, (arithmetic, _) in run.probe.found.items()
-             if arithmetic and arithmetic.bits < BITS[run.documented[DOCUMENTED_AS.get(kind[0], kind[0])]]]  # fmt: skip
+             if arithmetic and arithmetic.bits < BITS[documented[kind[0]]]]  # fmt: skip
     if fewer:
         problem = f"fewer bits than documented in {', '.join(fewer)}, which nobody asked for"
         yield Entry(WARN, "fewer bits", "", problem, f"look for what sets it: {REDUCED_FP32.get(run.device.type, '')}")
@@ -498,8 +499,7 @@ def load_model(options: argparse.Namespace) -> tuple[torch.nn.Module, str]:
     Raises CannotRun where there is no such model, no weights, or a size of inputs that the model does not take.
     """
     name, pretrained = options.model, options.weights == "pretrained"
-    check_name(name)
-    if pretrained or name.startswith("hf-hub:"):
+    if name.startswith("hf-hub:") or pretrained and not name.startswith("local-dir:"):
         check_hub()
     try:
         model = create_model(options, pretrained=pretrained).eval()
@@ -549,10 +549,10 @@ def check_name(name: str) -> None:
     if known and not name.endswith(WEIGHT_FILES):
         return
     names = timm.list_models() + timm.list_pretrained()
-    advice = f"near: {', '.join(difflib.get_close_matches(name, names, n=3, cutoff=0.5)) or 'none'}"
+    near = ", ".join(difflib.get_close_matches(name, names, n=3, cutoff=0.5))
+    advice = f"near: {near}" if near else "timm.list_models() has their names"
     if name.endswith(WEIGHT_FILES) or os.path.exists(name):
-        folder = os.path.isdir(name)
-        advice = f"it is a path: use --model {'local-dir:FOLDER' if folder else 'NAME --weights FILE'}"
+        advice = f"it is a path: use --model {'local-dir:FOLDER' if os.path.isdir(name) else 'NAME --weights FILE'}"
     elif found := re.fullmatch(r"dinov([23])_vit([sblg])(\d+)(_reg|_lc)?\w*", name):  # torch.hub's
         size = {"s": "small", "b": "base", "l": "large", "g": "giant"}[found[2]]
         registers = "_reg4" if found[4] == "_reg" else ""
@@ -643,7 +643,9 @@ def read_checkpoint(path: str) -> dict:
         (not start, "it is empty"),
         (start.startswith(b"version https://git-lfs"), "it is a Git LFS pointer: run git lfs pull in its folder"),
         (start.startswith(b"<"), "it is a web page: download the file itself"),
-    ):
+        (not path.endswith((".safetensors", ".json")) and not start.startswith((b"PK", b"\x80")),
+         "it is no checkpoint of torch.save"),
+    ):  # fmt: skip
         if begins:
             raise CannotRun(f"the weights file {path} cannot be read: {kind}")
     try:
@@ -666,7 +668,7 @@ def read_checkpoint(path: str) -> dict:
     except CannotRun:
         raise
     except Exception as error:  # pickle, zipfile, safetensors, struct: a damaged file fails in many ways
-        reason = told(error)
+        reason = f"{told(error)}; it may be cut: copy it again"
         if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
             reason = f"it holds a {found[1]}, not only tensors: save the model's state_dict() instead"
         elif "weights_only" in str(error):
@@ -836,7 +838,7 @@ def outputs_stage(run: Run) -> Iterator[Entry]:
     shapes = expected_shapes(run)
     yield OUTPUTS.header("output")
     for batch, images in run.batches():
-        singles, outputs = alone[id(run.pictures if images is run.pictures else run.images)], None
+        singles, again = alone[id(run.pictures if images is run.pictures else run.images)], None
         try:
             inputs = images.to(run.device)
             outputs = forward_outputs(run.model.device, inputs, run.maps)
@@ -846,7 +848,7 @@ def outputs_stage(run: Run) -> Iterator[Entry]:
             if not out_of_memory(error):
                 raise
             yield Entry(WARN, f"batch {batch}", "", OUT_OF_MEMORY, FREE_MEMORY)
-        if outputs is None:
+        if again is None:
             require_working(run.device, f"it ran out of memory with batch {batch}")
             continue
         for name, output in outputs.items():
@@ -1007,7 +1009,7 @@ def precision_stage(run: Run) -> Iterator[Entry]:
     yield from control
     seconds = time.perf_counter() - started
     passes = f"{seconds:.1f} s, {seconds / cpu_seconds:.1f} forward passes on the CPU"
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / GIB
     yield Entry(VARIES, "this stage", f"{passes}; peak of host memory until here {peak:.1f} GiB")
 
 
@@ -1071,7 +1073,8 @@ def compare_modes(run: Run, images: torch.Tensor, cpu: References, first: str) -
     main = "logits" if "logits" in cpu.exact else "embedding"
     for mode in dict.fromkeys(MODES[mode.base] for mode in run.modes):
         try:
-            outputs = device_outputs(run, mode, images)
+            with run.in_mode(mode) as model, mode.active(run.device):
+                outputs = forward_outputs(model, images.to(run.device, mode.dtype), run.maps)
             references = mode_references(run, mode, images, cpu)
         except RuntimeError as error:
             if mode == FLOAT32 or not still_computes(run.device):
@@ -1090,11 +1093,6 @@ def compare_modes(run: Run, images: torch.Tensor, cpu: References, first: str) -
         if mode == FLOAT32:
             published = list(published_figures(run, outputs["embedding"], cpu))
     yield from published
-
-
-def device_outputs(run: Run, mode: Mode, images: torch.Tensor) -> dict[str, np.ndarray]:
-    with run.in_mode(mode) as model, mode.active(run.device):
-        return forward_outputs(model, images.to(run.device, mode.dtype), run.maps)
 
 
 def mode_references(run: Run, mode: Mode, images: torch.Tensor, cpu: References) -> References:
@@ -1212,7 +1210,7 @@ def published_figures(run: Run, embedding: np.ndarray, cpu: References) -> Itera
         text = f"the device's arithmetic moves the embedding by {costs['device']:.1e} (worst row)"
         reduced = next((kind for kind in run.documented.values() if kind != "float32"), "rounding")
         for name, what in (("rounded", reduced), ("gelu", "GELU")):
-            text += f"; {what} alone by {costs[name]:.1e}, {AVOIDED.get(what, '')}" if costs[name] else ""
+            text += f"; {what} alone by {costs[name]:.1e}{AVOIDED.get(what, '')}" if costs[name] else ""
         yield Entry(FACT, "cost", text)
     found, alone = (compare(output, cpu.plain["embedding"]) for output in (embedding, cpu.device["embedding"]))
     what = f"embedding, {run.device.type} float32 against cpu float32"
@@ -1251,8 +1249,8 @@ def compare_modules(run: Run, images: torch.Tensor, only: str = "") -> list[Modu
     run as a whole, too: what they compute between their parts is in no other module.
     """
     passive = (torch.nn.Identity, torch.nn.Dropout, torch.nn.ModuleList, torch.nn.Sequential, torch.nn.Flatten)
-    names = {m: name for name, m in run.model.cpu.named_modules() if name and not isinstance(m, passive)}
-    names = {m: name for m, name in names.items() if only in ("", name)}
+    names = {m: name for name, m in run.model.cpu.named_modules()
+             if name and only in ("", name) and not isinstance(m, passive)}  # fmt: skip
     found, results = [], []  # results: a stack, because modules contain modules
     limits = {True: OPERATOR["float32"], False: OPERATOR["float16" if run.probe.rounds else "float32"]}  # single or not
 
@@ -1524,11 +1522,12 @@ def throughput_stage(run: Run) -> Iterator[Entry]:
         run.timings.append(timing)
         yield judge_timing(timing, run)
     groups = by_mode(run.timings)
-    yield from explain_throughput(sum(groups, []), run.device)
+    timed = sum(groups, [])
+    yield from explain_throughput(timed, run.device)
     if groups:
         yield from drift(run, groups[0][0])
         yield from fastest_mode(run, groups)
-        yield from chart(run.timings)
+        yield from chart(timed)
         yield from judge_timed_outputs(run, run.timings)
         if run.options.duration:
             yield from sustained_load(run, fastest_within(run, groups) or groups[0][-1])
@@ -1579,8 +1578,7 @@ def time_batch(forward: Callable, inputs: torch.Tensor, device: torch.device) ->
         torch.get_device_module(device.type).current_stream(device).query()
     launched = time.perf_counter()
     synchronize(device)
-    done = time.perf_counter()
-    return 1000 * (launched - start), 1000 * (done - start), output
+    return 1000 * (launched - start), 1000 * (time.perf_counter() - start), output
 
 
 def time_batches(
@@ -1762,8 +1760,7 @@ def judge_timing(timing: Timing, run: Run) -> Entry:
     """A line of the table."""
     name = timing.mode.name
     if timing.problem == OUT_OF_MEMORY:  # where the batch size is searched for, that is how the search ends
-        problem = f"batch {timing.batch}: {OUT_OF_MEMORY}"
-        return Entry(VARIES if run.auto else WARN, name, "", problem, FREE_MEMORY)
+        return Entry(VARIES if run.auto else WARN, name, "", f"batch {timing.batch}: {OUT_OF_MEMORY}", FREE_MEMORY)
     if timing.problem:
         return Entry(timing.outcome, name, "", timing.problem, DEVICE_LOG)
     latencies = *np.percentile(timing.total_ms, (50, 90, 99)), max(timing.total_ms)
@@ -1794,9 +1791,10 @@ def explain_throughput(timings: list[Timing], device: torch.device) -> Iterator[
 
 def drift(run: Run, first: Timing) -> Iterator[Entry]:
     """The first row once more, at the end of the stage: does what was called steady still hold?"""
+    if len(first.total_ms) < STEADY_BATCHES:
+        return
     with run.in_mode(first.mode):
-        seconds = min(DRIFT_SECONDS, sum(first.total_ms) / 1000)
-        again = time_size(run, first.mode, first.batch, None, seconds)
+        again = time_size(run, first.mode, first.batch, None, min(DRIFT_SECONDS, sum(first.total_ms) / 1000))
     before, after = (np.median(timing.total_ms) for timing in (first, again))
     if abs(after / before - 1) > max(DRIFT, (first.spread + again.spread) / 2):
         text = f"p50 {before:.5g} ms at first, {after:.5g} ms at the end of this stage ({after / before - 1:+.0%})"
@@ -1857,7 +1855,6 @@ def sustained_load(run: Run, best: Timing) -> Iterator[Entry]:
 
 def chart(timings: list[Timing]) -> Iterator[Entry]:
     """Throughput and median latency of each row as bars, each relative to the longest."""
-    timings = [timing for timing in timings if timing.total_ms]
     rates = [timing.throughput for timing in timings]
     times = [np.median(timing.total_ms) for timing in timings]
     yield CHART.header("bars")
@@ -2014,9 +2011,9 @@ class Log:
             with open(path, encoding="utf-8-sig") as file:
                 lines = file.read().rstrip().splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise CannotRun(f"the log {path} cannot be read: {error}") from error
+            raise CannotRun(f"the log {path} cannot be read: {getattr(error, 'strerror', error)}") from error
         if not lines or not re.match(r"validate_npu ?[\d.]*: ", lines[0]) or not lines[-1].startswith("RESULT: "):
-            reason = "its first line or the RESULT line is not there"
+            reason = "its first line, or its last, the RESULT line, is not there"
             raise CannotRun(f"{path} is not a whole log of validate_npu.py: {reason}")
         return cls(os.path.basename(path), lines)
 
@@ -2086,8 +2083,8 @@ def compare_speed(old: dict[str, float], new: dict[str, float], max_slowdown: fl
     """Cells of the table SPEED, and FAIL where the new run is slower, WARN where the spreads leave nothing to judge.
 
     max_slowdown: percent that throughput may fall, beyond half the sum of the two runs' spreads. One batch in a hundred
-    may be thirty times slower: a fall that neither p50 nor p90 shows is no slower device. A median that rose by more
-    than both spreads is slower, however large they are.
+    may be thirty times slower: only where p50 and p90 show the fall as well is the device slower. A median that rose by
+    more than both spreads is slower, however large they are.
     """
     allowed = max_slowdown + (old["spread"] + new["spread"]) / 2
     ratio, p50 = new["images/s"] / old["images/s"], new["p50_ms"] / old["p50_ms"]
@@ -2284,7 +2281,7 @@ ENVIRONMENT = """
     PYTORCH_NPU_ALLOC_CONF PYTORCH_NO_NPU_MEMORY_CACHING MULTI_STREAM_MEMORY_REUSE HCCL_DETERMINISTIC
     ASCEND_GLOBAL_LOG_LEVEL ASCEND_SLOG_PRINT_TO_STDOUT ASCEND_RT_VISIBLE_DEVICES CUDA_VISIBLE_DEVICES TIMM_FUSED_ATTN
 """.split()
-# Error codes that torch_npu reports, with what to do: of ACL (CANN, rt_error_codes.h), and from 161001 on of aclnn.
+# Error codes that torch_npu reports, with what to do: of ACL (CANN, rt_error_codes.h), and 161xxx and 561xxx of aclnn.
 MEMORY_BROKEN = "the card's memory is broken: take it out of use"
 SEE_LOG = f"see {LOG_FOLDER} for the operator"
 RESET = "check npu-smi info, then reset the card"
@@ -2345,17 +2342,16 @@ HOST_STAGED = {"_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa", "_upsample_n
                "_masked_softmax", "adaptive_max_pool3d", "scatter_reduce"}  # fmt: skip
 # Bits of mantissa that fp32 should keep, by what it is documented to be computed in.
 BITS = {"float32": 23, "HF32": 10, "TF32": 10, "float16": 10}
-DOCUMENTED_AS = {"attention": "matmul"}
 # What sets fewer bits, and what avoids each part of the arithmetic's cost.
 REDUCED_FP32 = {
     "npu": "torch.npu.matmul.allow_hf32, torch.npu.conv.allow_hf32, torch.npu.matmul.cube_math_type",
     "cuda": "torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32",
 }
 AVOIDED = {
-    "HF32": "which torch.npu.conv.allow_hf32 = False avoids",
-    "TF32": "which torch.backends.cudnn.allow_tf32 = False avoids",
-    "float16": "which this chip's matrix unit cannot avoid",
-    "GELU": "which TORCH_NPU_USE_COMPATIBLE_IMPL=1 before the start avoids (not in torch_npu 2.9.0)",
+    "HF32": ", which torch.npu.conv.allow_hf32 = False avoids",
+    "TF32": ", which torch.backends.cudnn.allow_tf32 = False avoids",
+    "float16": ", which this chip's matrix unit cannot avoid",
+    "GELU": ", which TORCH_NPU_USE_COMPATIBLE_IMPL=1 before the start avoids (not in torch_npu 2.9.0)",
 }
 # Where a checkpoint keeps the weights, the first that is there, and what wrappers put before their names.
 WRAPPERS = "state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "teacher"
@@ -2391,10 +2387,10 @@ def find_device(name: str) -> torch.device:
     try:
         count = torch.get_device_module(kind).device_count()
     except RuntimeError as error:
-        raise CannotRun(f"torch {torch.__version__} has no device of the kind {kind!r}") from error
+        raise CannotRun(f"torch {torch.__version__} has no device of the kind {kind!r}: npu, cuda, cpu?") from error
     if not count:
-        advice = ": check npu-smi info, the container's devices and ASCEND_RT_VISIBLE_DEVICES" + REHEARSE
-        raise CannotRun(f"no {kind} device is visible to torch {torch.__version__}{advice if kind == 'npu' else ''}")
+        advice = ": check npu-smi info, the container's devices and ASCEND_RT_VISIBLE_DEVICES" if kind == "npu" else ""
+        raise CannotRun(f"no {kind} device is visible to torch {torch.__version__}{advice}{REHEARSE}")
     if int(index or 0) >= count:
         raise CannotRun(f"there is no {name}: {count} {kind} device(s) visible, {kind}:0 to {kind}:{count - 1}")
     device = torch.device(kind, int(index or 0))
@@ -2430,8 +2426,8 @@ def install_command() -> str:
     cann = cann_version()
     torch_version, npu = PAIRS.get(".".join(cann.split(".")[:2]), ("", ""))
     pair = f"torch=={torch_version} torch-npu=={npu} " if npu else ""
-    note = "" if npu else f" (README says which torch and torch_npu belong to CANN {cann})" if cann else ""
-    return f"pip install {pair}-r requirements.txt --extra-index-url {CPU_BUILDS}{note}"
+    note = f"(README says which torch and torch_npu belong to CANN {cann}) " if cann and not npu else ""
+    return f"{note}pip install {pair}-r requirements.txt --extra-index-url {CPU_BUILDS}"
 
 
 def cann_version() -> str:
@@ -2509,8 +2505,8 @@ def accelerator_versions(device: torch.device) -> dict[str, str]:
                 "firmware": version_in(f"{ASCEND}/firmware/version.info")}  # fmt: skip
     for name, part in (("CANN", "CANN"), ("driver", "DRIVER")):
         with contextlib.suppress(Exception):  # a question never stops the run
-            told = versions[name] or torch.npu.utils.get_cann_version(part)
-            versions[name] = told if re.match(r"\d+\.\d+", told) else ""
+            version = versions[name] or torch.npu.utils.get_cann_version(part)
+            versions[name] = version if re.match(r"\d+\.\d+", version) else ""
         versions[name] = versions[name] or "not known"
     # On: a kernel is compiled for each new shape. Off, the default since the 910B: CANN's precompiled kernels are used.
     versions["jit_compile"] = "off" if torch.npu.is_jit_compile_false() else "on, so first calls take minutes"
@@ -2745,7 +2741,6 @@ class Table:
         return text.split()
 
 
-
 OUTPUTS = Table("batch:>8", "shape:<17", "dtype:<8", "min:>10.4f", "max:>10.4f", "mean:>10.4f", "std:>10.4f")
 ERRORS = Table("what:<15", "fp64:>7.1e", "cost:>7.1e", "cpu:>7.1e", "row:>7.1e", "element:>7.1e", "warn:>7.1e",
                "fail:>7.1e", "where:<1")  # fmt: skip
@@ -2822,7 +2817,7 @@ class Report:
             if entry.mark in OUTCOMES:
                 self.checks.append(entry)
 
-    def stage(self, title: str, entries: Iterator[Entry]) -> bool:
+    def stage(self, title: str, entries: Iterable[Entry]) -> bool:
         """Do a stage. What it raises is a failed check and the answer False, so that other stages can still run."""
         name = stage_name(title)
         self.begin(name)
@@ -2839,13 +2834,10 @@ class Report:
 
     def say_again(self) -> None:
         """List again what failed or warned, with what to do."""
-        for outcome in (FAIL, WARN):
-            for entry in (entry for entry in self.checks if entry.mark == outcome):
-                self.line()
-                for line in wrap(printable(f"{entry.name}: {entry.problem}"), f"{outcome}  ", " " * 6):
-                    self.line(line)
-                for line in wrap(entry.advice, "      -> ", " " * 9):
-                    self.line(line)
+        for entry in (entry for outcome in (FAIL, WARN) for entry in self.checks if entry.mark == outcome):
+            problem = wrap(printable(f"{entry.name}: {entry.problem}"), f"{entry.mark}  ", " " * 6)
+            for line in ("", *problem, *wrap(entry.advice, "      -> ", " " * 9)):
+                self.line(line)
 
     def result(self) -> int:
         """The end of the log: what failed, then the result. Returns the exit status."""
@@ -2975,17 +2967,17 @@ def checked(pattern: str, what: str, convert: Callable = str) -> Callable[[str],
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    natural = checked(r"\d{1,18}", "a whole number from 0 on", int)
-    positive = checked(r"0*[1-9]\d{0,17}", "a whole number from 1 on", int)
-    size = checked(r"auto|0*[1-9]\d*", "a whole number from 1 on", lambda text: text if text == "auto" else int(text))
-    device = checked(r"cpu|[a-z]+(:[0-9]{1,4})?", "a device; examples: npu, npu:1, cpu, cuda:0")
-    percent = checked(r"\d+(\.\d+)?", "a percentage", float)
-    number = checked(r"\d*\.?\d+(e-?\d+)?", "a number", float)
-    known = f"a mode; there are {', '.join(mode.name for mode in BASES)}, each also with +graph or +queue2"
-    mode = checked("|".join(map(re.escape, MODES)), known)
+    natural, from_1 = checked(r"\d{1,18}", "a whole number from 0 on", int), "a whole number from 1 on"
+    positive = checked(r"0*[1-9]\d{0,8}", from_1, int)
+    size = checked(r"auto|0*[1-9]\d{0,8}", from_1, lambda text: text if text == "auto" else int(text))
+    device = checked(r"[a-z]+(:[0-9]{1,4})?", "a device; examples: npu, npu:1, cpu, cuda:0")
+    percent = checked(r"\d+(\.\d+)?", "a percentage from 0 on", float)
+    number = checked(r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", "a number from 0 on", float)
+    known = f"{', '.join(mode.name for mode in BASES)}, each also with +graph (an NPU or CUDA graph) or +queue2"
+    mode = checked("|".join(map(re.escape, MODES)), f"a mode; there are {known}")
     parser = argparse.ArgumentParser(
         description="Validate a timm model on a Huawei Ascend NPU, and write a log that shows it.",
-        epilog="exit status: 0 every check passed, 1 a check failed, 2 the run could not be done",
+        epilog="exit status: 0 no check failed, 1 one did (or warned, with --strict), 2 the run could not be done",
     )
     add = parser.add_argument
     add("--model", default=DEFAULT_MODEL, metavar="NAME", help="a timm model (default: %(default)s)")
@@ -3000,13 +2992,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--warmup", default=10, type=natural, metavar="N", help=warmup_help)
     add("--iters", default=100, type=positive, metavar="N", help="timed batches of each size (default: %(default)s)")
     add("--image", default=[], nargs="+", metavar="FILE", help="pictures to validate, folders or patterns")
-    modes_help = f"also validate and time, beside float32: {', '.join(mode.name for mode in BASES)}, each also with"
-    modes_help += " +graph (an NPU or CUDA graph) or +queue2 (TASK_QUEUE_ENABLE=2)"
+    modes_help = f"to validate and time beside float32; of {known} (TASK_QUEUE_ENABLE=2)"
     add("--modes", default=[], type=mode, nargs="+", metavar="MODE", help=modes_help)
     error_help = "relative L2 error that you accept, for the fastest mode (default: %(default)s)"
     add("--max-error", default=1e-2, type=number, metavar="X", help=error_help)
-    duration_help = "then run the fastest mode that long"
-    add("--duration", default=0, type=positive, metavar="SECONDS", help=duration_help)
+    add("--duration", default=0, type=positive, metavar="SECONDS", help="then run the fastest mode so long")
     add("--rope-bf16", action="store_true", help="round the RoPE periods to bfloat16, as the original DINOv3")
     add("--strict", action="store_true", help="a WARN also ends with exit status 1")
     add("--seed", default=0, type=natural, metavar="N", help="of random images and weights (default: %(default)s)")
@@ -3020,6 +3010,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--input-size takes one number, or height and width")
     if "auto" in options.batch_sizes and len(options.batch_sizes) > 1:
         parser.error("--batch-sizes auto stands alone")
+    if options.batch_sizes != ["auto"]:
+        options.batch_sizes = sorted(set(options.batch_sizes))
     return options
 
 
@@ -3035,13 +3027,8 @@ def check_paths(options: argparse.Namespace) -> None:
     except OSError as error:
         raise CannotRun(f"the log cannot be written to the folder of {options.output}: {error.strerror}") from error
     picture_files(options.image)
-
-
-def compare_files(old: Log, new: Log, options: argparse.Namespace, report: Report) -> int:
-    """--compare: what --baseline shows, of two logs that are there. Needs nothing but the standard library."""
-    report.line(f"validate_npu {VERSION}: comparison of {old.name} (old) and {new.name} (new)")
-    report.add(compare_logs(old, new, options))
-    return report.result()
+    if options.weights not in ("pretrained", "random"):
+        find_weights_file(options.weights)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -3052,8 +3039,11 @@ def main(argv: list[str] | None = None) -> int:
             sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
         options = parse_arguments(argv)
         report.strict, report.output, report.timeout = options.strict, options.output, options.timeout
-        if options.compare:
-            return compare_files(*map(Log.read, options.compare), options, report)
+        if options.compare:  # needs nothing but the standard library
+            old, new = map(Log.read, options.compare)
+            report.line(f"validate_npu {VERSION}: comparison of {old.name} (old) and {new.name} (new)")
+            report.add(compare_logs(old, new, options))
+            return report.result()
         watch(report, cards)
         report.begin("start")
         if cards.rank == 0:  # which alone writes
@@ -3061,6 +3051,7 @@ def main(argv: list[str] | None = None) -> int:
         baseline = Log.read(options.baseline) if options.baseline else None  # before it may be replaced
         import_packages()
         cards.connect(report, 0.9 * options.timeout)  # a card that is lost is named before the time is over
+        cards.all_or_none("name", lambda: check_name(options.model))
         device = cards.all_or_none("device", lambda: find_device(cards.device_name(options.device)))
         probe = Probe(device, options.seed)
         status = validate(Run(options, report, cards, device, fp32_arithmetic(device), probe), baseline)

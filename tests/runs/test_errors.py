@@ -61,11 +61,11 @@ def is_told(done, message):
         (["--model", "vit_smal_patch16_dinov3"], "near: vit_small_patch16_dinov3"),
         (["--weights", "nowhere.pth"], "nowhere.pth does not exist (--weights takes pretrained, random, a file or a folder)"),
         (["--weights", "truncated.pth"], "truncated.pth cannot be read"),
-        (["--weights", "truncated.safetensors"], "truncated.safetensors cannot be read"),
+        (["--weights", "truncated.safetensors"], "; it may be cut: copy it again"),
         (["--weights", "test_vit2.safetensors"], "is of another model than --model: keys "),
         (["--weights", "pickle.pth"], "pickle.pth cannot be read: it is not plain tensors"),
         (["--weights", "zipped-pickle.pth"], "cannot be read: it holds a posix.system, not only tensors"),
-        (["--weights", "text.png"], "text.png cannot be read"),
+        (["--weights", "text.png"], "text.png cannot be read: it is no checkpoint of torch.save"),
         (["--weights", "folder"], "the folder folder has no weights"),
         (["--image", "nowhere.png"], "the picture nowhere.png does not exist"),
         (["--image", "text.png"], "the picture text.png cannot be read"),
@@ -90,8 +90,10 @@ def is_told(done, message):
         (["--output", "/dev/full"], "the log cannot be written: /dev/full is not a regular file"),
         (["--output", "folder"], "the log cannot be written: folder is not a regular file"),
         (["--batch-sizes", "auto", "4"], "--batch-sizes auto stands alone"),
-        (["--max-slowdown", "nan"], "'nan' is not a percentage"),
+        (["--max-slowdown", "nan"], "'nan' is not a percentage from 0 on"),
         (["--timeout", "0"], "'0' is not a whole number from 1 on"),
+        (["--timeout", "99999999999"], "'99999999999' is not a whole number from 1 on"),
+        (["--max-error", "few"], "'few' is not a number from 0 on"),
         (["--modes", "amp-float64"], "'amp-float64' is not a mode; there are float32, hf32, amp-float16,"),
         (["--rope-bf16"], "--rope-bf16: this model has no RoPE periods"),
     ],
@@ -99,6 +101,18 @@ def is_told(done, message):
 )
 def test_the_message_says_what_to_do(run, folder, arguments, message):
     is_told(run(*REHEARSAL, *arguments), message)
+
+
+@pytest.mark.parametrize("arguments", [("--model", "no_such_vit"), ("--weights", "nowhere"), ("--image", "nowhere")])
+def test_what_can_be_known_at_once_is_told_before_the_device_is_asked(run, arguments):
+    done = run(*REHEARSAL, *arguments)
+    assert done.status == 2 and "[1/5]" not in done.stdout, done.stdout
+
+
+def test_numbers_are_taken_as_people_write_them():
+    options = validate_npu.parse_arguments("--batch-sizes 8 4 8 1 --max-error 1.".split())
+    assert options.batch_sizes == [1, 4, 8] and options.max_error == 1.0
+    assert [validate_npu.parse_arguments(["--max-error", text]).max_error for text in (".5", "1e+1")] == [0.5, 10.0]
 
 
 @pytest.mark.parametrize(

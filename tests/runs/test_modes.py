@@ -75,7 +75,7 @@ def test_a_clock_that_moves_is_said(run):
     """Its first forward passes take 40 ms each, the others 10."""
     done = run(*TINY, "--model", "test_vit_that_gets_faster", "--iters", "20")
     assert done.clean and re.search(r"^~ +drift +float32, batch 1: p50 .* \(-\d+%\)", done.text, re.MULTILINE), done.stdout
-    steady = run(*TINY, KERNEL_TIME="Convolution=60")
+    steady = run(*TINY, "--iters", "20", KERNEL_TIME="Convolution=60")
     assert "drift" not in steady.text, steady.stdout
 
 
@@ -86,6 +86,7 @@ def test_a_sustained_load_that_slows_down_is_a_warning(run, model, mark):
     assert done.status == 0 and done.marks("sustained load") == [mark], done.stdout
     assert len(re.findall(r"^~ +sustained +float32, batch 1: (?:first|last) tenth of 4 s: ", done.text, re.MULTILINE)) == 2
     assert done.log.marks["[5/5] throughput", "float32", "sustained"] == "PASS"
+    assert ", duration 4 s, " in done.log.facts["options"], "another experiment than without it"
 
 
 def test_what_is_wrong_only_in_a_long_run_fails(run):

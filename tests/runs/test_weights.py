@@ -319,6 +319,7 @@ def test_models_are_named_as_timm_and_the_hub_name_them(run, tmp_path, name):
     done = run(*ONE, "--model", name, "--weights", weights)
     assert done.clean, done.stdout + done.stderr
     assert weights_of(done) == v.sha256(state)
+    assert "does not answer" not in done.stderr, "what lies on the disk needs no hub"
 
 
 def test_a_repository_of_the_hub_that_is_not_timms_own(tmp_path, files):

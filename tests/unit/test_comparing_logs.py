@@ -371,13 +371,13 @@ def test_a_file_that_is_no_whole_log_is_refused(tmp_path, text, message):
 @pytest.mark.parametrize("part", [0.2, 0.5, 0.9, 0.98])
 def test_the_beginning_of_a_log_is_refused(tmp_path, steady, part):
     (tmp_path / "old.txt").write_text(steady[: int(part * len(steady))].rpartition("\n")[0])
-    with pytest.raises(v.CannotRun, match="its first line or the RESULT line is not there"):
+    with pytest.raises(v.CannotRun, match="its first line, or its last, the RESULT line, is not there"):
         Log.read(str(tmp_path / "old.txt"))
 
 
 def test_a_log_without_its_first_line_is_refused(tmp_path, steady):
     (tmp_path / "old.txt").write_text(steady.partition("\n")[2])
-    with pytest.raises(v.CannotRun, match="its first line or the RESULT line is not there"):
+    with pytest.raises(v.CannotRun, match="its first line, or its last, the RESULT line, is not there"):
         Log.read(str(tmp_path / "old.txt"))
 
 
