@@ -238,11 +238,11 @@ class Run:
     probe: Probe  # what it is computed in
     model: Twin | None = None
     maps: FeatureMaps | None = None  # where timm has feature maps for this model
-    images: torch.Tensor | None = None  # the seeded images: as many as the largest batch that fits into the memory
+    images: torch.Tensor | None = None  # the seeded images, as many as the largest batch has
     pictures: torch.Tensor | None = None  # the first PICTURES of picture_count
     picture_count: int = 0
     first: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # of the first forward pass, of one image
-    outputs: np.ndarray | None = None  # model(images) on the device, in fp32
+    outputs: np.ndarray | None = None  # model(images) on the device, in fp32, of the largest batch that fits into it
     errors: dict[str, float] = dataclasses.field(default_factory=dict)  # by base: of logits or embedding against fp64
     limits: dict[str, Limit] = dataclasses.field(default_factory=dict)  # by base: how far it may be from fp32
     timings: list[Timing] = dataclasses.field(default_factory=list)
@@ -276,10 +276,10 @@ class Run:
         if mode.queue:
             torch.npu.set_task_queue_enable(2)
         try:
-            yield self.model.device.to(mode.dtype)
+            yield without_caches(self.model.device.to(mode.dtype)) if mode.half else self.model.device
         finally:
             if mode.half:
-                self.model.device.float()
+                without_caches(self.model.device.float())
                 for here, there in zip(tensors_of(self.model.device), tensors_of(self.model.cpu)):
                     here.data.copy_(there)
             if mode.queue:
@@ -374,7 +374,7 @@ def device_stage(run: Run) -> Iterator[Entry]:
     limit, advice = OPERATOR["float32"], "a plain matrix product is wrong: check the device with the vendor's tools"
     yield ERRORS.header("in that arithmetic")
     yield judged("computes", "matrix product", found, Limit(limit, limit), advice, where=str(arithmetic or EXACT))
-    yield from judge_arithmetic(run)
+    yield from judge_arithmetic(run, set())
 
 
 def host_name() -> str:
@@ -407,11 +407,11 @@ def ask_for_arithmetic(run: Run) -> None:
         run.probe.of(kind, *how)
 
 
-def judge_arithmetic(run: Run) -> Iterator[Entry]:
-    """Fewer bits than switch and chip document, which nobody asked for, are worth a WARN."""
+def judge_arithmetic(run: Run, known: set[tuple[str, str]]) -> Iterator[Entry]:
+    """Fewer bits than switch and chip document are worth a WARN: nobody asked for them. known: kinds judged before."""
     documented = run.documented | {"attention": run.documented["matmul"]}
     fewer = [" ".join(kind) for kind, (arithmetic, _) in run.probe.found.items()
-             if arithmetic and arithmetic.bits < BITS[documented[kind[0]]]]  # fmt: skip
+             if arithmetic and kind not in known and arithmetic.bits < BITS[documented[kind[0]]]]  # fmt: skip
     if fewer:
         problem = f"fewer bits than documented in {', '.join(fewer)}, which nobody asked for"
         yield Entry(WARN, "fewer bits", "", problem, f"look for what sets it: {REDUCED_FP32.get(run.device.type, '')}")
@@ -538,7 +538,8 @@ def create_model(options: argparse.Namespace, **more) -> torch.nn.Module:
         if "img_size" not in str(error):
             raise
         model = timm.create_model(name, **more)
-    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, height, width)}  # which the transforms follow
+    channels = model.pretrained_cfg.get("input_size", (3,))[0]
+    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (channels, height, width)}  # for the transforms
     return model
 
 
@@ -595,17 +596,17 @@ def load_weights_file(model: torch.nn.Module, path: str) -> str:
     file = find_weights_file(path)
     state, taken = unwrap(read_checkpoint(file), model.state_dict())
     taken = [f"file {os.path.basename(file)}", *taken, *check_tensors(file, state)]
+    try:
+        convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+        state = convert(state, model) if convert else state
+    except Exception as error:
+        raise CannotRun(f"timm cannot convert the weights file {file}: {first_line(error)}") from error
     classifier = model.pretrained_cfg.get("classifier")
     if isinstance(classifier, str) and getattr(model, "num_classes", 0):
         weight = state.get(f"{classifier}.weight")
         if (classes := 0 if weight is None else len(weight)) != model.num_classes:
             model.reset_classifier(classes)
             taken.append(f"{classes} classes, as in the file")
-    try:
-        convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-        state = convert(state, model) if convert else state
-    except Exception as error:
-        raise CannotRun(f"timm cannot convert the weights file {file}: {first_line(error)}") from error
     wanted = model.state_dict()
     problems = {
         "missing": [key for key in wanted if key not in state],
@@ -786,8 +787,8 @@ def picture_files(given: list[str]) -> list[str]:
     return list(dict.fromkeys(files))
 
 
-def load_picture(path: str, transform: Callable) -> torch.Tensor:
-    """A picture through the model's own timm transforms, (3, H, W), fp32, read as timm's reader does.
+def load_picture(path: str, transform: Callable, channels: int = 3) -> torch.Tensor:
+    """A picture through the model's own timm transforms, (channels, H, W), fp32, read as timm's reader does.
 
     Raises CannotRun where it cannot be read, or where nothing is left of it: 16 bits or floats in 8 are black or white.
     """
@@ -796,7 +797,9 @@ def load_picture(path: str, transform: Callable) -> torch.Tensor:
     try:
         picture = Image.open(path)
         low, high = picture.getextrema() if picture.mode[0] in "IF" else (0, 255)  # of wide integers, or floats
-        picture = transform(picture.convert("RGB"))
+        picture = transform(picture.convert({1: "L", 3: "RGB"}[channels]))
+    except KeyError as error:
+        raise CannotRun(f"the model takes images of {channels} channels, which pictures do not have") from error
     except Exception as error:  # each of Pillow's readers has its own
         raise CannotRun(f"the picture {path} cannot be read: {told(error)}") from error
     if low < 0 or high > 255 or high <= 1:
@@ -811,7 +814,7 @@ def load_pictures(given: list[str], config: dict) -> Iterator[tuple[str, torch.T
     paths = picture_files(given)
     transform, seen = timm.data.create_transform(**config, is_training=False), set()
     for path in tqdm(paths, desc="pictures", leave=False, disable=True if len(paths) < 16 else None):
-        picture = load_picture(path, transform)
+        picture = load_picture(path, transform, config["input_size"][0])
         if (digest := sha256({"picture": picture})) not in seen:
             seen.add(digest)
             yield os.path.basename(path), picture
@@ -834,7 +837,7 @@ def outputs_stage(run: Run) -> Iterator[Entry]:
     """Every output of every batch has the right shape and range, and a row of a batch equals that image alone."""
     run.maps = find_feature_maps(run)
     alone = {id(images): one_by_one(run, images) for images in (run.images, run.pictures) if images is not None}
-    repeats, rows, fitted = [], {}, 1  # repeats: the same computation a second time; rows: by output, against alone
+    repeats, rows = [], {}  # repeats: the same computation a second time; rows: by output, against alone
     shapes = expected_shapes(run)
     yield OUTPUTS.header("output")
     for batch, images in run.batches():
@@ -858,9 +861,8 @@ def outputs_stage(run: Run) -> Iterator[Entry]:
         repeats.append((compare(again, outputs.get("logits", outputs["embedding"])), f"model(x), batch {batch}"))
         if batch == "1":
             repeats += [(compare(run.first[name], outputs[name]), f"first call, {name}") for name in run.first]
-        elif images is not run.pictures and len(images) > fitted:
-            fitted, run.outputs = len(images), again
-    run.images = run.images[:fitted]
+        elif images is not run.pictures and len(images) > len(run.outputs):
+            run.outputs = again
 
     yield ERRORS.header("the same twice")
     advice, own = f"stage 4 says where it begins; {DEVICE_LOG}", own_errors(run) if run.probe.rounds else {}
@@ -975,7 +977,7 @@ def judge_output(name: str, batch: str, output: np.ndarray, expected: tuple[int 
         problems.append(f"the shape should be {shape_text((len(output), *expected))}")
     if nonfinite := np.count_nonzero(~np.isfinite(rows)):
         problems.append(f"{nonfinite} of {rows.size} values are NaN or infinite")
-    elif rows.std(axis=1).min() == 0:
+    elif rows.shape[1] > 1 and rows.std(axis=1).min() == 0:
         problems.append("collapsed: all values of an image are equal")
     elif len(rows) > 1:
         distance = float(torch.pdist(torch.from_numpy(rows)).min()) / np.linalg.norm(rows, axis=1).max()
@@ -994,10 +996,13 @@ def precision_stage(run: Run) -> Iterator[Entry]:
     images = draw_images(PRECISION_IMAGES, run.images.shape[1:], run.options.seed)
     images = images if run.pictures is None else torch.cat([images, run.pictures])
     yield from (Entry(SKIP, mode.name, "", reason) for mode, reason in run.lacking.items())
-    started = time.perf_counter()
+    started, known = time.perf_counter(), set(run.probe.found)
     plain = forward_outputs(run.model.cpu, images, run.maps)
     cpu_seconds = time.perf_counter() - started
     cpu = reference_outputs(run, run.probe, images, plain)
+    if run.probe.found.keys() - known:  # which the model did not tell without data
+        yield Entry(FACT, "fp32 is computed in", str(run.probe))
+        yield from judge_arithmetic(run, known)
     with run.probe.arithmetic():
         modules = compare_modules(run, images[:MODULE_IMAGES])
         control = list(compare_control(run, images[:1], modules))
@@ -1055,10 +1060,18 @@ def widened(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """Inside, the model computes in fp64, without a second copy of its weights. After it they are what they were."""
     dtypes = [tensor.dtype for tensor in tensors_of(model)]
     try:
-        yield model.double()
+        yield without_caches(model.double())
     finally:
         for tensor, dtype in zip(tensors_of(model), dtypes):
             tensor.data = tensor.data.to(dtype)
+        without_caches(model)
+
+
+def without_caches(model: torch.nn.Module) -> torch.nn.Module:
+    """The same model. Some of timm's keep attention biases in the type that the weights had, until they are trained."""
+    model.train()
+    model.eval()
+    return model
 
 
 def tensors_of(model: torch.nn.Module) -> list[torch.Tensor]:
@@ -1071,6 +1084,8 @@ def compare_modes(run: Run, images: torch.Tensor, cpu: References, first: str) -
     if run.device.type == "cpu":
         yield Entry(FACT, "note", "a rehearsal compares the CPU with itself")
     main = "logits" if "logits" in cpu.exact else "embedding"
+    alone = dataclasses.replace(FLOAT32, name="float32 alone")  # which no batch of stage 3 may be compared with
+    yield from (judge_mode(run, alone, name, output, cpu, first) for name, output in run.first.items())
     for mode in dict.fromkeys(MODES[mode.base] for mode in run.modes):
         try:
             with run.in_mode(mode) as model, mode.active(run.device):
@@ -1111,13 +1126,13 @@ def mode_references(run: Run, mode: Mode, images: torch.Tensor, cpu: References)
 
 
 def judge_mode(run: Run, mode: Mode, name: str, output: np.ndarray, cpu: References, first: str) -> Entry:
-    """A line of the table: an output of the device. cpu: the references of this mode."""
-    reference = cpu.device[name]
-    found, yardstick = compare(output, reference), compare(cpu.own[name], reference).row
-    floor, cost = (compare(other, cpu.exact[name]).row for other in (cpu.plain[name], reference))
+    """A line of the table: an output of the device. cpu: the references of this mode, of as many images or more."""
+    reference, exact = cpu.device[name], cpu.exact[name]
+    found, yardstick = compare(output, reference[: len(output)]), compare(cpu.own[name], reference).row
+    floor, cost = (compare(other, exact).row for other in (cpu.plain[name], reference))
     limit = Limit(OWN_WARN * yardstick, OWN_FAIL * yardstick)
     limit = limit if mode.in_half else residual_limit(yardstick, floor, cost)
-    against = compare(output, cpu.exact[name]).row, cost, yardstick
+    against = compare(output, exact[: len(output)]).row, cost, yardstick
     begins = f"it begins in {first}" if first else "amplified by the model, or outside the modules, which are all right"
     entry = judged(name, mode.name, found, limit, f"{begins}; {DEVICE_LOG}", against=against)
     if not math.isfinite(yardstick) or floor > CANNOT_JUDGE and math.isfinite(found.row):
@@ -1161,7 +1176,9 @@ def compare_answers(run: Run, cpu: References) -> Iterator[Entry]:
                 part.append(to_host(output).reshape(len(batch), -1))
     right, found = (np.concatenate(part).astype(np.float64) for part in outputs)
     alone, plain = (compare(getattr(cpu, which)[name], cpu.exact[name]) for which in ("device", "plain"))
-    if name == "logits":
+    if right.shape[1] == 1:
+        yield Entry(SKIP, "top-1", "", "the model has one class")
+    elif name == "logits":
         yield judge_answers("top-1", names, right, found, ANSWER_FACTOR * (alone.max_abs + plain.max_abs))
         if right.shape[1] > 5:
             same = np.mean([len({*a} & {*b}) for a, b in zip(np.argsort(-right)[:, :5], np.argsort(-found)[:, :5])]) / 5
@@ -1175,12 +1192,13 @@ def compare_answers(run: Run, cpu: References) -> Iterator[Entry]:
 
 def judge_answers(what: str, names: list[str], right: np.ndarray, found: np.ndarray, explained: float) -> Entry:
     """Whether the largest of each row is the same. explained: a margin below which the device may choose another."""
+    if not math.isfinite(explained):
+        return Entry(SKIP, what, "", "not judged: on the CPU it overflows as well")
     order = np.argsort(-right, axis=1)
     chosen, rows = np.argmax(found, axis=1), np.arange(len(right))
     margins = right[rows, order[:, 0]] - right[rows, order[:, 1]]
     lost = right[rows, order[:, 0]] - right[rows, chosen]
-    lost[~np.isfinite(found).all(axis=1)] = np.inf
-    wrong = np.flatnonzero(lost > explained)
+    wrong = np.flatnonzero(~(lost <= explained) | ~np.isfinite(found).all(axis=1))
     agree = int(np.sum(chosen == order[:, 0]))
     text = f"{agree} of {len(right)} pictures agree with the CPU; smallest margin {margins.min():.2e}"
     text += f", and below {explained:.1e} either may be chosen"
@@ -1278,10 +1296,17 @@ def compare_modules(run: Run, images: torch.Tensor, only: str = "") -> list[Modu
     handles = [m.register_forward_pre_hook(before, with_kwargs=True) for m in names]
     handles += [m.register_forward_hook(after, with_kwargs=True) for m in names]
     try:
-        forward_outputs(run.model.cpu, images)
+        outputs = forward_outputs(run.model.cpu, images)
     finally:
         for handle in handles:
             handle.remove()
+    unpooled = outputs.get("tokens", outputs.get("unpooled"))
+    if not only and unpooled is not None:  # the pooling is in no module
+        names[run.model.cpu] = "forward_head"
+        on_device = torch.from_numpy(np.ascontiguousarray(unpooled)).to(run.device)
+        with contextlib.suppress(NotImplementedError), torch.no_grad():
+            pooled = run.model.device.forward_head(on_device, pre_logits=True)
+            record(run.model.cpu, pooled, torch.from_numpy(outputs["embedding"]))
     return found
 
 
@@ -1631,6 +1656,7 @@ def time_all(run: Run, sizes: list[int] | None) -> Iterator[Timing]:
     for mode in run.modes:
         previous = None
         for size in sizes or (2**i for i in range(MAX_AUTO_BATCH.bit_length())):
+            run.cards.goes_on()
             with run.in_mode(mode):
                 timing = try_to_time(run, mode, size, eager.get((mode.base, size)))
             eager.setdefault((mode.base, size), timing.output)
@@ -1663,9 +1689,9 @@ def time_size(run: Run, mode: Mode, size: int, expected: np.ndarray | None, seco
 
     expected: the outputs that are right; None: those of stage 3. seconds: how long, in place of --iters and a warm-up.
     """
-    rows = [i % len(run.images) for i in range(size)]
+    rows = [i % len(run.outputs) for i in range(size)]
     inputs = run.images[rows].to(run.device, mode.dtype)
-    reference = run.outputs[[row % len(run.outputs) for row in rows]] if expected is None else expected
+    reference = run.outputs[rows] if expected is None else expected
 
     def forward(images):  # the context is entered for each call, as a program does
         with mode.active(run.device):
@@ -1837,6 +1863,7 @@ def fastest_within(run: Run, groups: list[list[Timing]]) -> Timing | None:
 
 def sustained_load(run: Run, best: Timing) -> Iterator[Entry]:
     """The fastest mode and batch size for --duration seconds: is it slower at the end, and are its outputs right?"""
+    run.cards.goes_on(run.options.duration)
     with run.in_mode(best.mode):
         timing = time_size(run, best.mode, best.batch, None, run.options.duration)
     tenth = max(1, len(timing.total_ms) // 10)
@@ -2141,10 +2168,19 @@ class Cards:
             raise CannotRun(f"under torchrun each process takes the card of its LOCAL_RANK: {use}")
         return name if self.size == 1 or name == "cpu" else f"{name}:{self.local_rank}"
 
+    def goes_on(self, seconds: float = 0.0) -> None:
+        """This card has done a part of a stage, and may now take --timeout and so many seconds more."""
+        self.report.begin(self.report.doing, seconds)
+        if self.store is not None:
+            with contextlib.suppress(RuntimeError):  # the store is gone, which the next step tells
+                self.store.add("goes on", 1)
+
     def absent(self, step: str, seconds: float) -> list[int]:
-        """Which ranks have not reached this step in time."""
-        end = time.monotonic() + seconds
+        """Which ranks have not reached this step, so many seconds after another card went on with its own work."""
+        done, end = -1, 0.0
         while True:
+            if (so_far := self.store.add("goes on", 0)) != done:
+                done, end = so_far, time.monotonic() + seconds
             absent = [rank for rank in range(self.size) if not self.store.check([f"{step}/{rank}"])]
             if not absent or time.monotonic() > end:
                 return absent
@@ -2154,7 +2190,7 @@ class Cards:
         """The value of each card at this step, by rank. Raises CardsLost with those that have not come in time."""
         if self.size == 1:
             return [value]
-        self.report.begin(self.report.doing)  # to wait for others is not to hang
+        self.report.begin(self.report.doing, self.seconds)  # to wait for others is not to hang
         try:
             self.store.set(f"{step}/{self.rank}", pickle.dumps(value))
             if lost := self.absent(step, self.seconds):
@@ -2770,13 +2806,16 @@ class Report:
         self.lock = threading.RLock()  # needed to add a line or to write the log
         self.doing, self.timer = "start", threading.Timer(0, print)
 
-    def begin(self, name: str) -> None:
-        """Start a stage's clock. When it runs out the device hangs: a thread ends the process, wherever it is."""
+    def begin(self, name: str, more: float = 0.0) -> None:
+        """Start a stage's clock. When it runs out the device hangs: a thread ends the process, wherever it is.
+
+        more: seconds beside --timeout, for what takes long and is no hanging.
+        """
         self.doing = name
         self.timer.cancel()
         message = f"error: stage {name} takes longer than --timeout {self.timeout} s: does the device hang? see npu-smi"
         message += " info; a 310P or 910A compiles kernels for minutes at its first run: raise --timeout there"
-        self.timer = threading.Timer(self.timeout, self.end, (message, 2))
+        self.timer = threading.Timer(self.timeout + more, self.end, (message, 2))
         self.timer.daemon = True
         self.timer.start()
 
@@ -3050,7 +3089,7 @@ def main(argv: list[str] | None = None) -> int:
             check_paths(options)
         baseline = Log.read(options.baseline) if options.baseline else None  # before it may be replaced
         import_packages()
-        cards.connect(report, 0.9 * options.timeout)  # a card that is lost is named before the time is over
+        cards.connect(report, 0.9 * options.timeout + options.duration)  # a lost card is named before the time is over
         cards.all_or_none("name", lambda: check_name(options.model))
         device = cards.all_or_none("device", lambda: find_device(cards.device_name(options.device)))
         probe = Probe(device, options.seed)

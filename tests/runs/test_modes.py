@@ -45,7 +45,7 @@ def test_a_mode_that_cannot_run_is_skipped_with_the_reason_and_does_not_end_the_
     assert done.clean and done.marks("float32+graph") == ["SKIP"] and ("half-float16", "1") in done.rows("throughput")
     on_cpu = run(*REHEARSAL, "--modes", "hf32", "float32+graph", "half-bfloat16")
     assert on_cpu.clean and on_cpu.marks("hf32") == on_cpu.marks("float32+graph") == ["SKIP"]
-    assert on_cpu.marks("logits", "precision") == ["PASS", "PASS"]
+    assert on_cpu.marks("logits", "precision") == ["PASS"] * 3, "float32 of one image and of all, and half"
 
 
 @pytest.mark.timing
@@ -87,6 +87,17 @@ def test_a_sustained_load_that_slows_down_is_a_warning(run, model, mark):
     assert len(re.findall(r"^~ +sustained +float32, batch 1: (?:first|last) tenth of 4 s: ", done.text, re.MULTILINE)) == 2
     assert done.log.marks["[5/5] throughput", "float32", "sustained"] == "PASS"
     assert ", duration 4 s, " in done.log.facts["options"], "another experiment than without it"
+
+
+def test_a_long_run_is_no_hanging_device(run):
+    """Each row may take --timeout, and a sustained load its own time beside it."""
+    done = run(*REHEARSAL, "--batch-sizes", "1", "2", "3", "4", "--iters", "9999", "--timeout", "4", "--duration", "5")
+    assert done.clean and done.marks("sustained load"), done.stdout + done.stderr
+
+
+def test_a_model_that_keeps_its_attention_biases_runs_in_half_precision_too(run):
+    done = run(*REHEARSAL, "--model", "levit_128s", "--batch-sizes", "1", "--modes", "half-bfloat16")
+    assert done.clean, done.stdout
 
 
 def test_what_is_wrong_only_in_a_long_run_fails(run):

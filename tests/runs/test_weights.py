@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
+import trained
 from conftest import OLD_LOG, REHEARSAL, SCRIPT, start
 from hub_server import HubServer
 from huggingface_hub import hf_hub_download
@@ -307,6 +308,38 @@ CONFIG = {
     "model_args": {"img_size": 160},
     "pretrained_cfg": {"input_size": [3, 160, 160], "classifier": "head"},
 }
+
+
+def test_a_model_with_one_class_and_one_channel(run, tmp_path):
+    """Its one logit is no collapsed output, and no top-1; pictures become gray, in the size that is asked for."""
+    config = CONFIG | {"num_classes": 1, "model_args": {"img_size": 160, "in_chans": 1}}
+    config["pretrained_cfg"] = config["pretrained_cfg"] | {"input_size": [1, 160, 160], "mean": [0.5], "std": [0.5]}
+    (tmp_path / "gray").mkdir()
+    (tmp_path / "gray" / "config.json").write_text(json.dumps(config))
+    pictures = [trained.photographs()[name] for name in ("chelsea", "coffee")]
+    done = run(*ONE, "--model", "local-dir:gray", "--input-size", "96", "--image", *pictures)
+    assert done.clean, done.stdout + done.stderr
+    assert done.log.facts["input"].startswith("1 x 96 x 96") and done.marks("top-1") == ["SKIP"]
+    assert done.rows("outputs")["logits", "pictures"]["shape"] == "2x1"
+
+
+def test_original_names_and_the_classes_of_a_convnext(run, tmp_path):
+    """timm's filter knows them; only after it the classifier has a name to count its classes by."""
+    model = timm.create_model("convnext_atto", num_classes=7).eval()
+    v.draw_weights(model, 1)
+    names = (("stem.", "downsample_layers.0."), ("head.norm.", "norm."), ("head.fc.", "head."), ("conv_dw", "dwconv"),
+             (".blocks.", "."), ("mlp.fc1", "pwconv1"), ("mlp.fc2", "pwconv2"))  # fmt: skip
+    original = {}
+    for key, value in model.state_dict().items():
+        for ours, theirs in names:
+            key = key.replace(ours, theirs)
+        original[re.sub(r"stages\.(\d+)\.downsample", r"downsample_layers.\1", key)] = value
+    assert "head.weight" in original and "stages.0.0.dwconv.weight" in original
+    torch.save({"model": original}, tmp_path / "original.pth")
+    done = run(*ONE, "--model", "convnext_atto", "--weights", "original.pth")
+    assert done.clean, done.stdout + done.stderr
+    assert done.log.facts["weights"] == "file original.pth, its model, 7 classes, as in the file"
+    assert weights_of(done) == v.sha256(model.state_dict())
 
 
 @pytest.mark.parametrize("name", ["local-dir:model", "timm/test_vit.r160_in1k"])

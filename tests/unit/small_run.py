@@ -21,6 +21,7 @@ def new_run(*arguments, documented=None):
     """A rehearsal that has not begun. A later option replaces one of REHEARSAL."""
     options = v.parse_arguments([*REHEARSAL, *map(str, arguments)])
     report, cards = v.Report(quiet=True), v.Cards()
+    report.timeout = options.timeout
     cards.connect(report, 60)
     return v.Run(options, report, cards, CPU, documented or v.fp32_arithmetic(CPU), v.Probe(CPU, options.seed))
 

@@ -6,6 +6,8 @@ The stages run for real, with a device copy of the model in which one thing is a
 import contextlib
 import dataclasses
 import math
+import threading
+import time
 import types
 
 import pytest
@@ -73,7 +75,8 @@ def test_fewer_bits_than_documented_are_a_warning_and_no_fewer_are_none(document
     run.probe.found["matmul", "64x64"] = v.Arithmetic(11, "half away", "HF32"), EQUAL
     run.probe.found["convolution", "3x3/1"] = v.EXACT, EQUAL
     run.probe.found["attention", "64"] = None, BAD  # not recognised: excuses nothing, and is not called fewer bits
-    entries = list(v.judge_arithmetic(run))
+    entries = list(v.judge_arithmetic(run, known=set()))
+    assert not list(v.judge_arithmetic(run, known=set(run.probe.found))), "it is said once"
     assert [entry.mark for entry in entries] == [WARN] * warned
     assert not warned or "matmul 64x64" in entries[0].problem and "attention" not in entries[0].problem
 
@@ -445,7 +448,41 @@ def test_a_warm_up_runs_at_least_its_batches():
     assert counted.calls[1] >= 1 + 7 + 3
 
 
+def test_a_stage_3_that_failed_leaves_no_false_alarm_for_stage_5():
+    """Of a larger batch nothing is known then, but the first image's outputs."""
+    run = after_model_stage("--batch-sizes", "3")
+    assert len(run.outputs) == 1 < len(run.images)
+    assert not not_passed(v.throughput_stage(run))
+
+
 # --- several cards ----------------------------------------------------------------------------------------------------
+
+
+def two_cards(seconds):
+    """Two cards of one run, in this process, with a store of torch's own. A card waits so many seconds for the other."""
+    store, both = torch.distributed.HashStore(), [v.Cards(), v.Cards()]
+    for rank, cards in enumerate(both):
+        cards.connect(new_run().report, seconds)
+        cards.rank, cards.size, cards.store = rank, 2, store
+    return both
+
+
+def test_a_card_that_goes_on_with_a_long_stage_is_waited_for_and_one_that_does_nothing_is_lost():
+    waiting, working = two_cards(seconds=0.5)
+
+    def work():
+        for _ in range(6):
+            working.goes_on()
+            time.sleep(0.2)
+        working.gather("end", "done")
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert waiting.gather("end", "waited") == ["waited", "done"]
+    thread.join()
+    with pytest.raises(v.CardsLost) as lost:
+        waiting.gather("another step")
+    assert lost.value.args == ([1],)
 
 
 def card(rank, outputs, checks=()):
