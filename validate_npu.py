@@ -3042,7 +3042,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--baseline", metavar="OLD.txt", help="compare with an earlier log; exit status 1 where something became worse")
     add("--compare", nargs=2, metavar=("OLD.txt", "NEW.txt"), help="only compare two logs, without a run")
     add("--max-slowdown", default=10.0, type=percent, metavar="PERCENT", help="that a comparison allows (default: 10)")
-    add("--timeout", default=1800, type=positive, metavar="SECONDS", help="for one stage (default: 1800)")
+    add("--timeout", default=1800, type=positive, metavar="SECONDS", help="for one stage, or row of the last (default: 1800)")
     add("--output", default="validation_output.txt", metavar="FILE", help="the log (default: %(default)s)")
     options = parser.parse_args(argv)
     if len(options.input_size) > 2:
