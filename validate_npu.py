@@ -2181,6 +2181,7 @@ class Cards:
         while True:
             if (so_far := self.store.add("goes on", 0)) != done:
                 done, end = so_far, time.monotonic() + seconds
+                self.report.begin(self.report.doing, seconds)  # to wait for others is not to hang
             absent = [rank for rank in range(self.size) if not self.store.check([f"{step}/{rank}"])]
             if not absent or time.monotonic() > end:
                 return absent
@@ -2190,7 +2191,6 @@ class Cards:
         """The value of each card at this step, by rank. Raises CardsLost with those that have not come in time."""
         if self.size == 1:
             return [value]
-        self.report.begin(self.report.doing, self.seconds)  # to wait for others is not to hang
         try:
             self.store.set(f"{step}/{self.rank}", pickle.dumps(value))
             if lost := self.absent(step, self.seconds):
@@ -3042,7 +3042,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--baseline", metavar="OLD.txt", help="compare with an earlier log; exit status 1 where something became worse")
     add("--compare", nargs=2, metavar=("OLD.txt", "NEW.txt"), help="only compare two logs, without a run")
     add("--max-slowdown", default=10.0, type=percent, metavar="PERCENT", help="that a comparison allows (default: 10)")
-    add("--timeout", default=1800, type=positive, metavar="SECONDS", help="for one stage, or row of the last (default: 1800)")
+    add("--timeout", default=1800, type=positive, metavar="SECONDS", help="for a stage, or a timed row (default: 1800)")
     add("--output", default="validation_output.txt", metavar="FILE", help="the log (default: %(default)s)")
     options = parser.parse_args(argv)
     if len(options.input_size) > 2:

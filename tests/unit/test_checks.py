@@ -462,8 +462,9 @@ def two_cards(seconds):
     """Two cards of one run, in this process, with a store of torch's own. A card waits so many seconds for the other."""
     store, both = torch.distributed.HashStore(), [v.Cards(), v.Cards()]
     for rank, cards in enumerate(both):
-        cards.connect(new_run().report, seconds)
+        cards.connect(new_run("--timeout", "1").report, seconds)
         cards.rank, cards.size, cards.store = rank, 2, store
+        cards.report.begin("throughput")
     return both
 
 
@@ -471,7 +472,7 @@ def test_a_card_that_goes_on_with_a_long_stage_is_waited_for_and_one_that_does_n
     waiting, working = two_cards(seconds=0.5)
 
     def work():
-        for _ in range(6):
+        for _ in range(12):
             working.goes_on()
             time.sleep(0.2)
         working.gather("end", "done")
@@ -483,6 +484,8 @@ def test_a_card_that_goes_on_with_a_long_stage_is_waited_for_and_one_that_does_n
     with pytest.raises(v.CardsLost) as lost:
         waiting.gather("another step")
     assert lost.value.args == ([1],)
+    for cards in (waiting, working):
+        cards.report.timer.cancel()  # which would end this process as one that hangs
 
 
 def card(rank, outputs, checks=()):
