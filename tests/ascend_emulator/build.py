@@ -77,7 +77,7 @@ def compile_into(folder):
 
 
 def installed():
-    """The folder of the compiled emulator, which takes about a minute to make when it is not there yet."""
+    """The folder of the compiled emulator, which takes half a minute to make when it is not there yet."""
     root = cache()
     done = root / key()
     if not done.exists():
