@@ -1120,7 +1120,7 @@ def mode_references(run: Run, mode: Mode, images: torch.Tensor, cpu: References)
     if mode.hf32:
         with mode.active(run.device):
             return reference_outputs(run, Probe(run.device, run.options.seed), images, cpu.plain, cpu.exact)
-    model = copy.deepcopy(run.model.cpu).to(mode.dtype) if mode.half else run.model.cpu
+    model = without_caches(copy.deepcopy(run.model.cpu).to(mode.dtype)) if mode.half else run.model.cpu
     with imitation(lambda *_: EXACT, run.probe.gelu), mode.active(torch.device("cpu")):
         return cpu._replace(device=cpu.gelu, own=forward_outputs(model, images.to(mode.dtype), run.maps))
 

@@ -11,6 +11,7 @@ test_vit_with_antialias        resamples its input with a kernel that computes o
 test_vit_that_gets_faster      waits 40 ms in its first 30 forward passes, and 10 ms after them
 test_vit_that_gets_slower      waits 2 ms more after each 10 forward passes
 test_vit_wrong_in_half         is 1 % off on an NPU, where its inputs are in half precision
+test_vit_that_keeps_a_bias     as LeViT in timm 1.0.20: in the type that its weights had, until it is trained
 test_swin              small, with windows of 4 x 4 tokens
 test_encoder           has no head: forward_head says so, as that of qwen3_vit_88m_enc does
 test_vit_with_bessel   uses an operator that torch_npu has no kernel for, so that torch_npu would compute it on the CPU
@@ -160,6 +161,26 @@ class VisionTransformerWrongInHalf(VisionTransformer):
 @register_model
 def test_vit_wrong_in_half(pretrained=False, **kwargs):
     return tiny(VisionTransformerWrongInHalf)
+
+
+class VisionTransformerThatKeepsABias(VisionTransformer):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.shift_bias, self.kept = torch.nn.Parameter(torch.zeros(self.embed_dim)), {}
+
+    def train(self, mode=True):
+        self.kept = {} if mode else self.kept
+        return super().train(mode)
+
+    def forward_features(self, x, **kwargs):
+        if str(x.device) not in self.kept:
+            self.kept[str(x.device)] = 1 * self.shift_bias
+        return super().forward_features(x, **kwargs) + self.kept[str(x.device)]
+
+
+@register_model
+def test_vit_that_keeps_a_bias(pretrained=False, **kwargs):
+    return tiny(VisionTransformerThatKeepsABias)
 
 
 @register_model

@@ -95,8 +95,9 @@ def test_a_long_run_is_no_hanging_device(run):
     assert done.clean and done.marks("sustained load"), done.stdout + done.stderr
 
 
-def test_a_model_that_keeps_its_attention_biases_runs_in_half_precision_too(run):
-    done = run(*REHEARSAL, "--model", "levit_128s", "--batch-sizes", "1", "--modes", "half-bfloat16")
+@pytest.mark.parametrize("model", ["levit_128s", "test_vit_that_keeps_a_bias"])
+def test_a_model_that_keeps_its_attention_biases_runs_in_half_precision_too(run, model):
+    done = run(*REHEARSAL, "--model", model, "--batch-sizes", "1", "--modes", "half-bfloat16")
     assert done.clean, done.stdout
 
 
