@@ -201,6 +201,7 @@ HUB_SECONDS = 10  # for the hub's first answer
 ROLL_CALL_SECONDS = 5  # for each card to answer when torchrun ends a run
 MIB, GIB = 2**20, 2**30
 
+OVERFLOWS = "not judged: on the CPU it overflows as well"
 OUT_OF_MEMORY = "out of device memory"
 FREE_MEMORY = "use smaller --batch-sizes, or free the card (npu-smi info shows who uses it)"
 # Where CANN writes its log, the first that is set.
@@ -264,7 +265,7 @@ class Run:
             return create_model(self.options).eval()
 
     def batches(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The inputs of stage 3 by name, (B, 3, H, W): the first of the seeded images, then the pictures."""
+        """The inputs of stage 3 by name, (B, C, H, W): the first of the seeded images, then the pictures."""
         for size in dict.fromkeys([1, *self.sizes]):
             yield str(size), self.images[:size]
         if self.pictures is not None:
@@ -787,8 +788,8 @@ def picture_files(given: list[str]) -> list[str]:
     return list(dict.fromkeys(files))
 
 
-def load_picture(path: str, transform: Callable, channels: int = 3) -> torch.Tensor:
-    """A picture through the model's own timm transforms, (channels, H, W), fp32, read as timm's reader does.
+def load_picture(path: str, transform: Callable, mode: str) -> torch.Tensor:
+    """A picture through the model's own timm transforms, (C, H, W), fp32, read as timm's reader does. mode: Pillow's.
 
     Raises CannotRun where it cannot be read, or where nothing is left of it: 16 bits or floats in 8 are black or white.
     """
@@ -797,9 +798,7 @@ def load_picture(path: str, transform: Callable, channels: int = 3) -> torch.Ten
     try:
         picture = Image.open(path)
         low, high = picture.getextrema() if picture.mode[0] in "IF" else (0, 255)  # of wide integers, or floats
-        picture = transform(picture.convert({1: "L", 3: "RGB"}[channels]))
-    except KeyError as error:
-        raise CannotRun(f"the model takes images of {channels} channels, which pictures do not have") from error
+        picture = transform(picture.convert(mode))
     except Exception as error:  # each of Pillow's readers has its own
         raise CannotRun(f"the picture {path} cannot be read: {told(error)}") from error
     if low < 0 or high > 255 or high <= 1:
@@ -811,10 +810,13 @@ def load_pictures(given: list[str], config: dict) -> Iterator[tuple[str, torch.T
     """Names and pictures one by one, with a progress bar where there are many. One that is given twice counts once."""
     from tqdm import tqdm
 
+    channels = config["input_size"][0]
+    if channels not in PICTURE_MODES:
+        raise CannotRun(f"the model takes images of {channels} channels, which pictures do not have")
     paths = picture_files(given)
     transform, seen = timm.data.create_transform(**config, is_training=False), set()
     for path in tqdm(paths, desc="pictures", leave=False, disable=True if len(paths) < 16 else None):
-        picture = load_picture(path, transform, config["input_size"][0])
+        picture = load_picture(path, transform, PICTURE_MODES[channels])
         if (digest := sha256({"picture": picture})) not in seen:
             seen.add(digest)
             yield os.path.basename(path), picture
@@ -1193,12 +1195,13 @@ def compare_answers(run: Run, cpu: References) -> Iterator[Entry]:
 def judge_answers(what: str, names: list[str], right: np.ndarray, found: np.ndarray, explained: float) -> Entry:
     """Whether the largest of each row is the same. explained: a margin below which the device may choose another."""
     if not math.isfinite(explained):
-        return Entry(SKIP, what, "", "not judged: on the CPU it overflows as well")
+        return Entry(SKIP, what, "", OVERFLOWS)
     order = np.argsort(-right, axis=1)
     chosen, rows = np.argmax(found, axis=1), np.arange(len(right))
     margins = right[rows, order[:, 0]] - right[rows, order[:, 1]]
     lost = right[rows, order[:, 0]] - right[rows, chosen]
-    wrong = np.flatnonzero(~(lost <= explained) | ~np.isfinite(found).all(axis=1))
+    lost[~np.isfinite(found).all(axis=1)] = np.inf
+    wrong = np.flatnonzero(~(lost <= explained))
     agree = int(np.sum(chosen == order[:, 0]))
     text = f"{agree} of {len(right)} pictures agree with the CPU; smallest margin {margins.min():.2e}"
     text += f", and below {explained:.1e} either may be chosen"
@@ -1899,7 +1902,7 @@ def judge_timed_outputs(run: Run, timings: list[Timing], what: str = "") -> Iter
         reference = "eager" if mode.name != mode.base and (mode.base, worst.batch) in eager else "stage 3"
         limit = run.limits.get(mode.base, run.same_input)
         if not math.isfinite(limit.fail):
-            yield Entry(SKIP, mode.name, "", "not judged: on the CPU it overflows as well")
+            yield Entry(SKIP, mode.name, "", OVERFLOWS)
             continue
         where = f"batch {worst.batch}" if worst.difference.max_abs else None
         yield judged(mode.name, what or f"against {reference}", worst.difference, limit, UNDER_LOAD, where=where)
@@ -2392,6 +2395,7 @@ AVOIDED = {
 # Where a checkpoint keeps the weights, the first that is there, and what wrappers put before their names.
 WRAPPERS = "state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "teacher"
 PREFIXES = "module.", "_orig_mod.", "model.", "backbone."
+PICTURE_MODES = {1: "L", 3: "RGB"}  # Pillow's, by the channels that the model takes
 PICTURE_FILES = ".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif"
 WEIGHT_FILES = ".safetensors", ".bin", ".pth", ".pt"
 # What an error of the hub's client says, as a pattern, and what to do.

@@ -458,18 +458,21 @@ def test_a_stage_3_that_failed_leaves_no_false_alarm_for_stage_5():
 # --- several cards ----------------------------------------------------------------------------------------------------
 
 
-def two_cards(seconds):
-    """Two cards of one run, in this process, with a store of torch's own. A card waits so many seconds for the other."""
+@pytest.fixture
+def two_cards():
+    """Two cards of one run, in this process, with a store of torch's own. A card waits half a second for the other."""
     store, both = torch.distributed.HashStore(), [v.Cards(), v.Cards()]
     for rank, cards in enumerate(both):
-        cards.connect(new_run("--timeout", "1").report, seconds)
+        cards.connect(new_run("--timeout", "1").report, seconds=0.5)
         cards.rank, cards.size, cards.store = rank, 2, store
         cards.report.begin("throughput")
-    return both
+    yield both
+    for cards in both:
+        cards.report.timer.cancel()  # which would end this process as one that hangs
 
 
-def test_a_card_that_goes_on_with_a_long_stage_is_waited_for_and_one_that_does_nothing_is_lost():
-    waiting, working = two_cards(seconds=0.5)
+def test_a_card_that_goes_on_with_a_long_stage_is_waited_for_and_one_that_does_nothing_is_lost(two_cards):
+    waiting, working = two_cards
 
     def work():
         for _ in range(12):
@@ -484,8 +487,6 @@ def test_a_card_that_goes_on_with_a_long_stage_is_waited_for_and_one_that_does_n
     with pytest.raises(v.CardsLost) as lost:
         waiting.gather("another step")
     assert lost.value.args == ([1],)
-    for cards in (waiting, working):
-        cards.report.timer.cancel()  # which would end this process as one that hangs
 
 
 def card(rank, outputs, checks=()):

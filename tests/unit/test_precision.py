@@ -281,6 +281,7 @@ def test_another_answer_fails_where_the_arithmetic_does_not_explain_it(found, ma
     entry = v.judge_answers("top-1", ["a.png", "b.png"], right, np.array(found), explained=0.05)
     assert entry.mark == mark and said in (entry.problem if mark == FAIL else entry.text)
     assert mark == PASS or entry.problem.endswith(": a.png")
+    assert ("margins up to inf" in entry.problem) == (not np.isfinite(found).all())
 
 
 @pytest.mark.parametrize("found", [0.9, math.nan])

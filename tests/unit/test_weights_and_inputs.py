@@ -214,6 +214,13 @@ def test_a_picture_of_which_nothing_is_left_is_refused_by_name(tmp_path, name, m
         list(v.load_pictures([str(path)], config))
 
 
+def test_a_model_whose_channels_no_picture_has_is_told_so(tmp_path):
+    save_picture(tmp_path / "a.png", "RGB")
+    config = timm.data.resolve_model_data_config(timm.create_model("test_vit")) | {"input_size": (4, 160, 160)}
+    with pytest.raises(v.CannotRun, match="^the model takes images of 4 channels, which pictures do not have$"):
+        list(v.load_pictures([str(tmp_path / "a.png")], config))
+
+
 # --- outputs ----------------------------------------------------------------------------------------------------------
 
 
