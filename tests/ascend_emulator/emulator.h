@@ -42,7 +42,7 @@ template <class T, class... Arguments> T& immortal(Arguments&&... arguments) {
 // When something set by a knob happens: on which of the calls that it counts, on one device or on any.
 struct Trigger {
   int64_t from = 1, every = 1, device = -1;
-  bool once = false;
+  bool once = false, hf32 = false;  // hf32: only where the call rounded its operands to HF32
   std::shared_ptr<std::atomic<int64_t>> calls = std::make_shared<std::atomic<int64_t>>(0);
   bool count_and_strike(int64_t on_device) const {
     if (device >= 0 && device != on_device) return false;
@@ -74,6 +74,7 @@ struct Knobs {
   std::string soc = "Ascend910B4", trace, gelu = "tanh", hf32_rounding = "nearest", hf32_only;
   bool hf32 = true, hf32_matmul = false;
   int hf32_bits = 11;
+  int64_t hf32_from = 0;
   double perturb = 0;
   std::vector<Fault> faults;
   std::map<std::string, Duration> kernel_time;

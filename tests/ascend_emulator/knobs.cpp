@@ -69,8 +69,8 @@ class Reader {  // of one knob: every part of its value must be what it should b
     return integer(text, 1, 1 << 20) << shift;
   }
 
-  // ",from=N,every=N,once,device=I": what may follow an error code or the kind of a fault
-  Trigger trigger(const std::vector<std::string>& parts, bool counts) const {
+  // ",from=N,every=N,once,hf32,device=I": what may follow an error code or the kind of a fault
+  Trigger trigger(const std::vector<std::string>& parts, bool counts, bool values = false) const {
     Trigger when;
     std::optional<int64_t> from;
     for (size_t i = 1; i < parts.size(); ++i) {
@@ -78,6 +78,7 @@ class Reader {  // of one knob: every part of its value must be what it should b
       if (counts && part.rfind("from=", 0) == 0) from = integer(part.substr(5), 1);
       else if (counts && part.rfind("every=", 0) == 0) when.every = integer(part.substr(6), 1);
       else if (counts && part == "once") when.once = true;
+      else if (values && part == "hf32") when.hf32 = true;
       else if (part.rfind("device=", 0) == 0) when.device = integer(part.substr(7));
       else refuse_knob(knob, "'" + part + "' is not understood here");
     }
@@ -103,7 +104,8 @@ class Reader {  // of one knob: every part of its value must be what it should b
     if (kind == kinds.end()) refuse_knob(knob, "'" + parts[0] + "' is not a kind of fault");
     if (kind->second.second != (equals != std::string::npos))
       refuse_knob(knob, "'" + kind->first + (kind->second.second ? "' needs a value" : "' takes no value"));
-    Fault fault{text.substr(0, colon), kind->second.first, 0, trigger(parts, true)};
+    bool values = kind->second.first <= Fault::element;  // a fault in the output
+    Fault fault{text.substr(0, colon), kind->second.first, 0, trigger(parts, true, values)};
     if (kind->second.second) {
       std::string value = parts[0].substr(equals + 1);
       bool code = fault.kind == Fault::error || fault.kind == Fault::async_error;
@@ -149,8 +151,9 @@ Knobs read() {
     else if (name == "MEMORY") k.memory = reader.bytes(value);
     else if (name == "HF32") k.hf32 = reader.flag(value);
     else if (name == "HF32_BITS") k.hf32_bits = std::stoi(reader.choice(value, {"11", "10"}));
-    else if (name == "HF32_ROUNDING") k.hf32_rounding = reader.choice(value, {"nearest", "truncate"});
+    else if (name == "HF32_ROUNDING") k.hf32_rounding = reader.choice(value, {"nearest", "even", "truncate", "tuned"});
     else if (name == "HF32_ONLY") k.hf32_only = reader.choice(value, {"depthwise", "pointwise", "dense"});
+    else if (name == "HF32_FROM") k.hf32_from = reader.integer(value, 1);
     else if (name == "HF32_MATMUL") k.hf32_matmul = reader.flag(value);
     else if (name == "GELU") k.gelu = reader.choice(value, {"tanh", "erf", "ibert"});
     else if (name == "PERTURB") k.perturb = reader.number(value, 0);

@@ -127,6 +127,8 @@ struct aclOpExecutor {
   Work compute;
 };
 
+static thread_local bool rounded_to_hf32 = false;  // by the kernel that this thread executes
+
 static void spoil(const Fault& fault, const Tensor& output) {
   if (!output.is_floating_point() || !output.numel()) return;
   Tensor element = output;  // the first one of the middle row: of an image in the midst of a batch
@@ -159,7 +161,8 @@ static const auto& exact = immortal<std::set<std::string>>(std::initializer_list
     "MaxDim", "MinDim", "Median", "Topk", "Sort", "SWhere", "InplaceMaskedFillScalar", "InplaceMaskedFillTensor",
     "Cast", "InplaceCopy", "InplaceZero", "InplaceOne", "InplaceFillScalar", "InplaceFillTensor", "InplaceNormal",
     "InplaceUniform", "Arange", "Eye", "Linspace", "Cat", "Stack", "Repeat", "Roll", "Flip", "Tril", "Triu",
-    "ConstantPadNd", "Embedding", "IndexSelect", "Gather", "Index", "UpsampleNearest2dV2", "MaskedSelect"});
+    "ConstantPadNd", "Embedding", "IndexSelect", "Gather", "Index", "UpsampleNearest2dV2", "MaskedSelect",
+    "Im2col"});
 
 // From -1 to 1, by the finaliser of splitmix64: neighbouring arguments give unrelated results.
 static double noise(uint64_t x) {
@@ -186,6 +189,7 @@ static void execute(const aclOpExecutor& kernel, int device) {
   at::init_num_threads();  // torch.set_num_threads holds for the caller's thread only
   count_kernel(kernel.name);
   auto faults = count_and_strike(kernel, device, false);
+  rounded_to_hf32 = false;
   for (const Fault* fault : faults) {
     if (fault->kind == Fault::hang)
       for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
@@ -199,7 +203,8 @@ static void execute(const aclOpExecutor& kernel, int device) {
     throw std::runtime_error("aclnn" + std::string(kernel.name) + ": " + e.what_without_backtrace());
   }
   perturb(kernel);
-  for (const Fault* fault : faults) spoil(*fault, kernel.output);
+  for (const Fault* fault : faults)
+    if (rounded_to_hf32 || !fault->when.hf32) spoil(*fault, kernel.output);
 
   auto& times = knobs().kernel_time;
   bool half = kernel.output.defined() && kernel.output.element_size() == 2;
@@ -267,37 +272,46 @@ static std::set<std::string>& names() {
 // cubeMathType, the precision in which a float32 operand enters the cube unit.
 enum : int8_t { full = 0, allow_less = 1, float16 = 2, hf32 = 3 };  // float16 is all that older chips have
 
-static Tensor to_hf32(const Tensor& t) {
+static Tensor to_hf32(const Tensor& t, bool even) {
   int dropped = 23 - knobs().hf32_bits;
+  rounded_to_hf32 = true;
   Tensor rounded = t.clone(at::MemoryFormat::Preserve), bits = rounded.view(at::kInt);
-  if (knobs().hf32_rounding == "nearest") bits.add_(1 << (dropped - 1));  // a half goes away from 0: the sign is apart
+  if (knobs().hf32_rounding != "truncate") {
+    // A half goes away from 0, because the sign bit is separate; or to the even neighbour.
+    Tensor carry = even ? bits.bitwise_right_shift(dropped).bitwise_and_(1).sub_(1) : at::zeros_like(bits);
+    bits.add_(carry.add_(1 << (dropped - 1)));
+  }
   bits.bitwise_and_(-(1 << dropped));
   return rounded;
 }
 
-static Tensor cube(const Tensor& t, int8_t type) {
+static Tensor cube(const Tensor& t, int8_t type, bool even) {
   TORCH_CHECK(type >= full && type <= hf32, "cubeMathType ", int(type));
   if (t.scalar_type() != at::kFloat || type == full) return t;
   if (type == float16) return t.to(at::kHalf).to(at::kFloat);
-  return knobs().hf32 ? to_hf32(t) : t;
+  return knobs().hf32 ? to_hf32(t, even) : t;
 }
 
 static void convolution(Tensor input, Tensor weight, Tensor bias, Ints stride, Ints padding, Ints dilation,
                         bool transposed, Ints output_padding, int64_t groups, Out out, int8_t type) {
-  bool pointwise = weight.numel() == weight.size(0) * weight.size(1);
-  Text kind = groups > 1 ? "depthwise" : pointwise ? "pointwise" : "dense";
-  bool spared = !knobs().hf32_only.empty() && knobs().hf32_only != kind;
+  const Text &only = knobs().hf32_only, &rounding = knobs().hf32_rounding;
+  int64_t per_channel = weight.numel() / weight.size(0);  // multiply-adds for one element of the output
+  int64_t multiply_adds = transposed ? input.numel() * per_channel : out.t.numel() * per_channel;
+  Text kind = groups > 1 ? "depthwise" : per_channel == weight.size(1) ? "pointwise" : "dense";
+  bool spared = (!only.empty() && only != kind) || multiply_adds < knobs().hf32_from;
   if (spared && type != float16) type = full;
+  bool even = rounding == "even" || (rounding == "tuned" && input.size(0) < 4);
   std::optional<Tensor> maybe_bias = bias.defined() ? std::optional<Tensor>(bias) : std::nullopt;
-  out.t.copy_(at::convolution(cube(input, type), cube(weight, type), maybe_bias, stride, padding, dilation, transposed,
-                              output_padding, groups));
+  out.t.copy_(at::convolution(cube(input, type, even), cube(weight, type, even), maybe_bias, stride, padding, dilation,
+                              transposed, output_padding, groups));
 }
 KERNEL(Convolution, convolution)
 
 // An operand of a matrix product, which HF32_MATMUL rounds although nobody asked for it.
 static Tensor operand(const Tensor& t, int8_t type) {
   bool unasked = knobs().hf32_matmul && t.scalar_type() == at::kFloat && type != float16;
-  return unasked ? to_hf32(t) : cube(t, type);
+  bool even = knobs().hf32_rounding == "even";
+  return unasked ? to_hf32(t, even) : cube(t, type, even);
 }
 
 OPERATOR(Addmm, (Tensor self, Tensor a, Tensor b, Scalar beta, Scalar alpha, Out out, int8_t type),
@@ -590,6 +604,8 @@ static void pick(Tensor self, Tensors indices, Out out) {
 }
 KERNEL(Index, pick)
 
+OPERATOR(Im2col, (Tensor self, Ints kernel, Ints dilation, Ints padding, Ints stride, Out out),
+         at::im2col_out(out.t, self, kernel, dilation, padding, stride))
 OPERATOR(UpsampleNearest2dV2, (Tensor self, Ints size, float h, float w, Out out),
          at::upsample_nearest2d_out(out.t, self, size, h, w))
 OPERATOR(UpsampleBilinear2d, (Tensor self, Ints size, bool align, double h, double w, Out out),
