@@ -234,27 +234,30 @@ class Context:
     unsupported: dict[Mode, str]  # requested modes that the device cannot run, with the reason
     meta_model: torch.nn.Module | None  # the model on the meta device, without memory; None if timm cannot build it
 
+    report_progress: Callable  # restarts the timeout, extended by the seconds that it gets
+
     @property
     def batch_sizes(self) -> list[int]:
         return self.options.batch_sizes or DEFAULT_BATCH_SIZES
 
 
-def make_context(options: argparse.Namespace, device: torch.device, ranks: Ranks) -> Context:
+def make_context(options: argparse.Namespace, device: torch.device, ranks: Ranks, report: Report) -> Context:
     requested = dict.fromkeys([FLOAT32, *(MODES[name] for name in options.modes)])
     unsupported = {mode: reason for mode in requested if (reason := mode.unsupported_reason(device))}
     modes = tuple(mode for mode in requested if mode not in unsupported)
     meta_model = None
     with contextlib.suppress(Exception), torch.device("meta"):
         meta_model = create_model(options).eval()
-    return Context(options, device, ranks, fp32_precision(device), modes, unsupported, meta_model)
+    progress = lambda seconds=0.0: report.restart_timeout(report.stage, seconds)  # noqa: E731
+    return Context(options, device, ranks, fp32_precision(device), modes, unsupported, meta_model, progress)
 
 
 def validate(context: Context, report: Report, baseline: Log | None) -> int:
     """Run the five stages in sequence, and write the log. Returns the exit status. Raises CannotRun and RanksLost."""
     ranks, timings = context.ranks, None
     report.head(context)
-    info = report.run("device", device_stage(context))
-    loaded = report.run("model", info and model_stage(context, info), "stage 1 was not finished")
+    probe = report.run("device", device_stage(context))
+    loaded = report.run("model", probe and model_stage(context, probe), "stage 1 was not finished")
     loaded = all_ranks_work(report, ranks, loaded)
     outputs = report.run("outputs", loaded and outputs_stage(context, loaded), "the model does not run")
     checked = report.run("precision", loaded and precision_stage(context, loaded), "the model does not run")
@@ -279,13 +282,7 @@ def all_ranks_work(report: Report, ranks: Ranks, loaded: Loaded | None) -> Loade
 
 # --- Stage 1: device --------------------------------------------------------------------------------------------------
 
-class DeviceInfo(NamedTuple):
-    """What stage 1 measured."""
-
-    probe: Probe
-
-
-def device_stage(context: Context) -> Stage[DeviceInfo]:
+def device_stage(context: Context) -> Stage[Probe]:
     """Versions, settings, memory, and the precision of large products: torch also lists devices that do not start."""
     device = context.device
     name, free = str(device), None
@@ -312,7 +309,7 @@ def device_stage(context: Context) -> Stage[DeviceInfo]:
     if free is not None:
         yield Entry(VARIES, "device.free_memory", f"{free / GIB:.1f} GiB")
     yield from judge_probe(probe, context)
-    return DeviceInfo(probe)
+    return probe
 
 
 def host_name() -> str:
@@ -368,7 +365,7 @@ class Loaded(NamedTuple):
     references: References
 
 
-def model_stage(context: Context, info: DeviceInfo) -> Stage[Loaded]:
+def model_stage(context: Context, probe: Probe) -> Stage[Loaded]:
     """Weights and inputs, the first forward pass, in which each operator must have a kernel, and the references."""
     options, device, ranks = context.options, context.device, context.ranks
     ranks.all_or_none("memory", lambda: check_memory(context))
@@ -410,11 +407,11 @@ def model_stage(context: Context, info: DeviceInfo) -> Stage[Loaded]:
         yield judge_fallback(device, seen.names, "".join(printed))
     started = time.perf_counter()
     maps = find_feature_maps(options, cpu, inputs[:1])
-    references = make_references(context, info, cpu, maps, precision_inputs(context, inputs, images))
+    references = make_references(context, probe, cpu, maps, precision_inputs(context, inputs, images))
     seconds = f"load {load_seconds:.1f} s, first forward pass {first_seconds:.2f} s"
     seconds += " with kernel compilation" if device.type != "cpu" else ""
     yield Entry(VARIES, "model.time", f"{seconds}, references on the CPU {time.perf_counter() - started:.1f} s")
-    return Loaded(cpu, model, inputs, images, count, first, maps, flops, info.probe, references)
+    return Loaded(cpu, model, inputs, images, count, first, maps, flops, probe, references)
 
 
 def check_memory(context: Context, root: str = "/") -> None:
@@ -641,12 +638,12 @@ def check_tensors(path: str, state: dict[str, torch.Tensor]) -> list[str]:
     """Their dtypes, for the log. Raises CannotRun if tensors are quantised, not finite, or all zero."""
     matrices = {key: value for key, value in state.items()
                 if value.ndim > 1 and (value.is_floating_point() or value.dtype in (torch.int8, torch.uint8))}  # fmt: skip
-    problem = next((f"is quantised ({key} is {dtype_name(value)})" for key, value in matrices.items()
-                    if value.dtype.itemsize == 1), "")  # fmt: skip
+    dtypes = {key: str(value.dtype).removeprefix("torch.") for key, value in matrices.items()}
+    problem = next((f"is quantised ({key} is {dtypes[key]})" for key in dtypes if matrices[key].dtype.itemsize == 1), "")
     problem = problem or next((f"has NaN or Inf in {key}" for key, value in state.items() if not value.isfinite().all()), "")
     if problem or matrices and not any(value.any() for value in matrices.values()):
         raise CannotRun(f"the weights file {path} {problem or 'is all zeros'}, so that it cannot validate a device")
-    kinds = {dtype_name(value) for value in matrices.values()} - {"float32"}
+    kinds = set(dtypes.values()) - {"float32"}
     return [f"from {', '.join(sorted(kinds))}"] if kinds else []
 
 
@@ -861,10 +858,10 @@ def precision_inputs(context: Context, inputs: torch.Tensor, images: torch.Tenso
 
 
 def make_references(
-    context: Context, info: DeviceInfo, cpu: torch.nn.Module, maps: FeatureMaps | None, inputs: torch.Tensor
+    context: Context, probe: Probe, cpu: torch.nn.Module, maps: FeatureMaps | None, inputs: torch.Tensor
 ) -> References:
     """One pass in float32, and at most three in float64. Raises RuntimeError if no product was intercepted."""
-    started, gelu = time.perf_counter(), info.probe.gelu
+    started, gelu = time.perf_counter(), probe.gelu
     float32 = forward_outputs(cpu, inputs, maps)
     pass_seconds = time.perf_counter() - started
     with emulated_precision(gelu=gelu) as seen:
@@ -873,7 +870,7 @@ def make_references(
         raise RuntimeError("no matmul or convolution of this model was intercepted, so the reference is invalid")
     if seen.gelus:
         exact = float64_outputs(cpu, inputs, maps)
-    reduced, rounding = expected, info.probe.rounding(context.documented)
+    reduced, rounding = expected, probe.rounding(context.documented)
     if rounding.keys() & seen.products:
         with emulated_precision(rounding, gelu):
             reduced = float64_outputs(cpu, inputs, maps)
@@ -1082,7 +1079,9 @@ def precision_stage(context: Context, loaded: Loaded) -> Stage[Precision]:
             yield PRECISION.note(SKIP, "precision.strict", strict.reason)
         images = f" and {len(loaded.images)} images" if loaded.images is not None else ""
         yield PRECISION.legend(f"{PRECISION_INPUTS} random inputs{images}. {LIMITS_TEXT}")
-        costs = expected_costs(context, references)
+        gelu = compare(references.expected[main], references.exact[main]).max_row
+        costs = {"GELU": gelu, reduced_names(context.documented): references.costs[main]}
+        costs = {name: cost for name, cost in costs.items() if cost}
         yield from explain_precision(context, loaded, results, costs)
         if loaded.image_count:
             yield from compare_predictions(context, loaded)
@@ -1189,13 +1188,6 @@ def in_mode(loaded: Loaded, mode: Mode) -> Iterator[torch.nn.Module]:
                 here.data.copy_(there)
 
 
-def expected_costs(context: Context, references: References) -> dict[str, float]:
-    """What the precision of the device costs model(x), in sequence: the form of GELU, then reduced precision."""
-    gelu = compare(references.expected[references.main], references.exact[references.main]).max_row
-    costs = {"GELU": gelu, reduced_names(context.documented): references.costs[references.main]}
-    return {name: cost for name, cost in costs.items() if cost}
-
-
 def explain_precision(context: Context, loaded: Loaded, results: dict, costs: dict[str, float]) -> Iterator[Entry]:
     """Facts that explain the table: expected costs, the switches, and the figures of published adaptations."""
     references, main = loaded.references, loaded.references.main
@@ -1265,19 +1257,15 @@ def judge_predictions(id: str, names: list[str], expected: np.ndarray, found: np
     return Entry(FAIL if len(different) else PASS, id, problem if len(different) else text, numeric=True)
 
 
-def label_images(
-    context: Context, loaded: Loaded, images: list[str], expected: np.ndarray, found: np.ndarray
-) -> Iterator[Entry]:
-    """The classes of the first images with their probabilities, by timm's names of the classes of ImageNet."""
+def label_images(context: Context, loaded: Loaded, images: list[str], *logits: np.ndarray) -> Iterator[Entry]:
+    """The classes of the first images with their probabilities, by timm's names. logits: of the CPU, of the device."""
     subset = timm.data.infer_imagenet_subset(loaded.cpu)
     names = timm.data.ImageNetInfo(subset).index_to_description if subset else "class {}".format
-    for i, (image, *logits) in enumerate(zip(images, expected, found), 1):
-        texts = []
-        for place, row in zip(("CPU", context.device.type), logits):
-            probabilities = np.exp(row - row.max()) / np.exp(row - row.max()).sum()
-            best = int(np.argmax(row))
-            texts.append(f"{names(best).split(',')[0]} {probabilities[best]:.3f} on {place}")
-        yield Entry(FACT, f"precision.image.{i}", f"{image}: {', '.join(texts)}")
+    probabilities = [torch.softmax(torch.from_numpy(rows), -1).max(-1) for rows in logits]
+    for i, image in enumerate(images):
+        texts = [f"{names(int(best.indices[i])).split(',')[0]} {best.values[i]:.3f} on {place}"
+                 for place, best in zip(("CPU", context.device.type), probabilities)]  # fmt: skip
+        yield Entry(FACT, f"precision.image.{i + 1}", f"{image}: {', '.join(texts)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1375,18 +1363,15 @@ def judge_modules(modules: list[Module]) -> Iterator[Entry]:
     for mode in dict.fromkeys(module.mode for module in modules):
         suffix, group = f".{mode}" if mode else "", [module for module in modules if module.mode == mode]
         bad = dict.fromkeys(module.kind for module in group if module.mark != PASS)
-        for kind in bad:
-            yield judge_group(f"precision.module.{kind}{suffix}", [module for module in group if module.kind == kind])
-        if rest := [module for module in group if module.kind not in bad]:
-            yield judge_group(f"precision.modules{suffix}", rest)
+        parts = {f"precision.module.{kind}{suffix}": [module for module in group if module.kind == kind] for kind in bad}
+        parts[f"precision.modules{suffix}"] = [module for module in group if module.kind not in bad]
+        for id, part in parts.items():
+            if part:
+                worst = max(part, key=lambda module: module.found.error)
+                cells = [len(part)], [worst.name]
+                yield comparison(id, worst.found, worst.tolerance, "", MODULES, *cells, what=worst.name)
     yield MODULES.legend(f"each by itself on the inputs of the CPU. FAIL above {TOLERANCES['module'].fail:.1e}. Kinds: "
                          + ", ".join(sorted({module.kind for module in modules})))  # fmt: skip
-
-
-def judge_group(id: str, group: list[Module]) -> Entry:
-    worst = max(group, key=lambda module: module.found.error)
-    entry = comparison(id, worst.found, worst.tolerance, "", MODULES, [len(group)], [worst.name], what=worst.name)
-    return entry
 
 
 # --- Emulated precision: measured on the device, reproduced on the CPU ------------------------------------------------
@@ -1634,7 +1619,10 @@ def throughput_stage(context: Context, outputs: Outputs, checked: Precision | No
     yield THROUGHPUT.legend("p50 to p99: latency of a synchronized batch. iqr: interquartile range / p50")
     if context.device.type != "cpu":
         yield from LATENCY.header()
-        yield from (latency_entry(timing) for timing in timed)
+        for timing in timed:
+            ms, peak = timing.total_ms, timing.peak_bytes and timing.peak_bytes / MIB
+            cells = min(ms), np.mean(ms), max(ms), np.median(timing.launch_ms), "host" if timing.host_bound else "device"
+            yield LATENCY.entry(VARIES, f"throughput.{timing.name}", *cells, timing.first_ms, peak, len(ms))
         yield LATENCY.legend(f"launch: until the host has launched all; bound by the host from {HOST_BOUND:.0%} of p50 on")
     yield from explain_throughput(timed, context.device)
     if groups:
@@ -1708,7 +1696,7 @@ def time_all(context: Context, outputs: Outputs, sizes: list[int] | None) -> Ite
     for mode in context.modes:
         previous = None
         for size in sizes or (2**i for i in range(MAX_AUTO_BATCH.bit_length())):
-            context.ranks.report_progress()
+            context.report_progress()
             with in_mode(outputs.loaded, mode):
                 timing = try_to_time(context, outputs, mode, size, eager.get((mode.base, size)))
             eager.setdefault((mode.base, size), timing.output)
@@ -1837,14 +1825,6 @@ def timing_entry(timing: Timing, context: Context) -> Entry:
     return THROUGHPUT.entry(VARIES, id, timing.throughput, *latencies, timing.iqr)
 
 
-def latency_entry(timing: Timing) -> Entry:
-    """A row of the second table: columns of the same row that have no place in the first."""
-    ms, peak = timing.total_ms, timing.peak_bytes and timing.peak_bytes / MIB
-    bound = "host" if timing.host_bound else "device"
-    cells = min(ms), np.mean(ms), max(ms), np.median(timing.launch_ms), bound, timing.first_ms, peak, len(ms)
-    return LATENCY.entry(VARIES, f"throughput.{timing.name}", *cells)
-
-
 def explain_throughput(timings: list[Timing], device: torch.device) -> Iterator[Entry]:
     """What limits the rows, and which of them are doubtful."""
 
@@ -1871,7 +1851,8 @@ def fastest_modes(
     context: Context, outputs: Outputs, groups: list[list[Timing]], checked: Precision | None
 ) -> Iterator[Entry]:
     """The fastest batch size of each mode, and the fastest mode whose error is at most --max-error."""
-    flops, peak = outputs.loaded.flops, fp16_peak(context.device)
+    flops, chip = outputs.loaded.flops, chip_name(context.device)
+    peak = next((peak for name, peak in FP16_PEAK.items() if chip.startswith(name)), None)
     errors = checked.errors if checked else {}
     best = [max(group, key=lambda timing: timing.throughput) for group in groups]
     highest = max(timing.throughput for timing in best)
@@ -1900,15 +1881,14 @@ def fastest_within(context: Context, groups: list[list[Timing]], checked: Precis
 def sustained_load(context: Context, outputs: Outputs, best: Timing, checked: Precision | None) -> Iterator[Entry]:
     """Run the fastest mode and batch size for --duration seconds, and compare its last tenth with its first."""
     duration = context.options.duration
-    context.ranks.report_progress(duration)
+    context.report_progress(duration)
     with in_mode(outputs.loaded, best.mode):
         timing = time_size(context, outputs, best.mode, best.batch, seconds=duration)
     tenth = max(1, len(timing.total_ms) // 10)
     parts = [dataclasses.replace(timing, total_ms=part) for part in (timing.total_ms[:tenth], timing.total_ms[-tenth:])]
-    for name, part in zip(("first", "last"), parts):
-        p99 = np.percentile(part.total_ms, 99)
-        text = f"{name} tenth of {duration} s: {part.throughput:.2f} images/s, p99 {p99:.5g} ms"
-        yield Entry(VARIES, f"throughput.sustained.{name}", f"{best.name}: {text}")
+    figures = (f"{part.throughput:.2f} images/s, p99 {np.percentile(part.total_ms, 99):.5g} ms" for part in parts)
+    text = f"{best.name}: first tenth of {duration} s {', last tenth '.join(figures)}"
+    yield Entry(VARIES, "throughput.sustained.tenths", text)
     slower = 1 - parts[1].throughput / parts[0].throughput
     allowed = max(SUSTAINED_SLOWDOWN, sum(part.iqr for part in parts) / 2)
     if slower > allowed:
@@ -2046,13 +2026,9 @@ def shape_text(shape: tuple) -> str:
     return "x".join(map(str, shape))
 
 
-def dtype_name(tensor: torch.Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
 # --- Comparing two logs -----------------------------------------------------------------------------------------------
 
-LINE = re.compile(r"(PASS|SKIP|WARN|FAIL|~|#|) *([a-z]+\.\S+|id)(?: +(.*))?")
+LINE = re.compile(r"(PASS|SKIP|WARN|FAIL|~   |#   |    ) ([a-z]+\.\S+|id)(?: +(.*))?")
 ERROR_COLUMNS = ("err_fp64", "max_row", "max_elem", "batch_err")  # that may not grow
 SPEED_COLUMNS = ("images/s", "p50", "p90", "iqr")
 EXPERIMENT = ("run.command", "device.name", "model.weights_sha256", "model.inputs_sha256")  # facts that identify it
@@ -2066,20 +2042,23 @@ class Log:
         self.marks: dict[str, str] = {}  # id -> outcome of the check
         self.texts: dict[str, str] = {}  # id -> what stands behind it
         self.rows: dict[str, dict[str, str]] = {}  # id -> cells by column
-        columns: list[str] = []
+        columns, last = [], ""
         for line in lines[1:]:
             if line.startswith(("[failures]", "[comparison]", "[summary]")):
                 break
             match = LINE.fullmatch(line)
-            if match is None:  # a title, a legend, or the continuation of a line
-                columns = columns if line.startswith(" ") else []
+            if match is None and last and line[1:INDENT].isspace():  # the continuation of a line
+                self.texts[last] += f" {line[1:].strip()}"
                 continue
-            mark, id, text = match[1], match[2], match[3] or ""
+            if match is None:  # a title, or the legend of a table
+                columns, last = [], ""
+                continue
+            mark, id, text = match[1].strip(), match[2], match[3] or ""
             if id == "id":
                 columns = text.split()
             elif columns and not text.startswith("("):  # a row
                 self.rows.setdefault(id, {}).update(zip(columns, text.split()))
-            self.texts[id] = text
+            self.texts[id], last = text, id
             if mark in OUTCOMES:
                 self.marks[id] = mark
 
@@ -2204,46 +2183,31 @@ class Ranks:
             raise CannotRun(f"under torchrun each process uses the device of its LOCAL_RANK: {use}")
         return name if self.size == 1 or name == "cpu" else f"{name}:{self.local_rank}"
 
-    def report_progress(self, seconds: float = 0.0) -> None:
-        """Restart the timeout of this rank, extended by `seconds`, and that of the ranks that wait for it."""
-        self.report.restart_timeout(self.report.stage, seconds)
-        if self.store is not None:
-            with contextlib.suppress(RuntimeError):  # the store is gone, which the next step reports
-                self.store.add("progress", 1)
-
-    def missing_ranks(self, step: str, seconds: float) -> list[int]:
-        """Ranks that have not reached `step` within `seconds` of the last progress report."""
-        done, end = -1, 0.0
-        while True:
-            if (progress := self.store.add("progress", 0)) != done:
-                done, end = progress, time.monotonic() + seconds
-                self.report.restart_timeout(self.report.stage, seconds)  # waiting for other ranks is not a hang
-            missing = [rank for rank in range(self.size) if not self.store.check([f"{step}/{rank}"])]
-            if not missing or time.monotonic() > end:
-                return missing
-            time.sleep(0.05)
-
     def gather(self, step: str, value=None) -> list:
         """The value of each rank at this step. Raises RanksLost with the ranks that did not reach it in time."""
         if self.size == 1:
             return [value]
+        names = [f"{step}/{rank}" for rank in range(self.size)]
+        self.report.restart_timeout(self.report.stage, self.seconds)  # waiting for other ranks is not a hang
         try:
-            self.store.set(f"{step}/{self.rank}", pickle.dumps(value))
-            if lost := self.missing_ranks(step, self.seconds):
+            self.store.set(names[self.rank], pickle.dumps(value))
+            end = time.monotonic() + self.seconds
+            while not self.store.check(names) and time.monotonic() < end:  # wait() would lock out check_alive()
+                time.sleep(0.05)
+            if lost := [rank for rank, name in enumerate(names) if not self.store.check([name])]:
                 raise RanksLost(lost)
-            return [pickle.loads(self.store.get(f"{step}/{rank}")) for rank in range(self.size)]
+            return [pickle.loads(self.store.get(name)) for name in names]
         except RuntimeError as error:  # the store is gone, and torchrun with it
             raise RanksLost([]) from error
 
     def check_alive(self) -> list[int]:
         """Ranks that no longer answer, when torchrun ends all processes because one has failed."""
-        if self.store is None:
-            return []
+        self.seconds = ROLL_CALL_SECONDS
         try:
-            self.store.set(f"alive/{self.rank}", b"")
-            return self.missing_ranks("alive", ROLL_CALL_SECONDS)
-        except RuntimeError:
-            return []
+            self.gather("alive")
+        except RanksLost as lost:
+            return lost.args[0]
+        return []
 
     def all_or_none(self, step: str, function: Callable):
         """function(). If it raises CannotRun on one rank, it is raised on all."""
@@ -2627,10 +2591,6 @@ def without_internal_formats(device: torch.device) -> Iterator[None]:
     finally:
         if allowed:
             torch.npu.config.allow_internal_format = True
-
-
-def fp16_peak(device: torch.device) -> float | None:
-    return next((peak for name, peak in FP16_PEAK.items() if chip_name(device).startswith(name)), None)
 
 
 def reduced_fp32_switches(device: torch.device) -> dict[str, tuple[object, str]]:
@@ -3265,10 +3225,11 @@ def main(argv: list[str] | None = None) -> int:
             check_paths(options)
         baseline = Log.read(options.baseline) if options.baseline else None  # before it may be replaced
         import_packages()
-        ranks.connect(report, 0.9 * options.timeout + options.duration)  # a lost rank is named before the timeout
+        # A rank may have to wait until each rank before it has timed each row.
+        ranks.connect(report, (options.timeout + options.duration) * (1 + ranks.size))
         ranks.all_or_none("name", lambda: check_name(options.model))
         device = ranks.all_or_none("device", lambda: find_device(ranks.device_name(options.device)))
-        status = validate(make_context(options, device, ranks), report, baseline)
+        status = validate(make_context(options, device, ranks, report), report, baseline)
         ranks.gather("end")  # if one process ends with an error, torchrun ends rank 0, which writes the log
         return status
     except CannotRun as problem:

@@ -6,8 +6,10 @@ imported torch and timm, because the imports take longer than the run. Two tests
 """
 
 import fcntl
+import functools
 import multiprocessing.forkserver
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -45,23 +47,32 @@ class Run:
         self.path = Path(folder) / "validation_output.txt"
         self.text = self.path.read_text("utf-8") if self.path.exists() else None
 
-    @property
+    @functools.cached_property
     def log(self):
         return validate_npu.Log("log", self.text.splitlines())
 
-    def marks(self, name, stage=""):
-        """The outcomes of the checks of this name, in the order of the log. stage: "outputs", or all."""
-        return [mark for key, mark in self.log.marks.items() if key[1] == name and stage in key[0]]
+    @property
+    def rows(self):
+        """id -> cells by column, as texts."""
+        return self.log.rows
 
-    def rows(self, stage):
-        """The rows of a stage's tables: (name, first cell) -> cells by column, as texts."""
-        return {key[1:]: cells for key, cells in self.log.rows.items() if stage in key[0]}
+    @property
+    def texts(self):
+        """id -> what stands behind it, in one line."""
+        return self.log.texts
+
+    def marks(self, start=""):
+        """id -> outcome of the checks whose id starts with this."""
+        return {id: mark for id, mark in self.log.marks.items() if id.startswith(start)}
+
+    def mark(self, id):
+        return self.log.marks.get(id)
 
     @property
     def failures(self):
-        """name: problem of what failed or warned, as the end of the log lists it, each in one line."""
-        blocks = self.text.split("\n\n")
-        return [" ".join(block.split()) for block in blocks if block[:6] in ("FAIL  ", "WARN  ")]
+        """The blocks of the list of failures, each in one line: "FAIL outputs.tokens: ... next: ..."."""
+        part = (self.text or self.stdout).partition("\n[failures]\n")[2].partition("\n\n")[0]
+        return [" ".join(block.split()) for block in re.split(r"\n(?=FAIL |WARN )", part) if block]
 
     @property
     def errors(self):

@@ -215,6 +215,7 @@ a.index_select(1, torch.tensor([2, 0], device=device))  # exact
 a.gather(1, torch.tensor([[2, 0]], device=device))  # exact
 a[torch.tensor([2, 0], device=device)]  # exact
 cube[:, torch.tensor([2, 0], device=device)]  # exact
+F.unfold(image, (3, 2), dilation=(1, 2), padding=1, stride=(2, 1))  # exact
 F.interpolate(image, size=(5, 7), mode="nearest")  # exact
 F.interpolate(image, scale_factor=2, mode="nearest")  # exact
 F.interpolate(image, size=(5, 7), mode="bilinear")
@@ -351,12 +352,16 @@ def rounded(x, bits, half):
     steps = (mantissa.abs() * 2 ** (bits + 1) + half).floor() * 2.0 ** -(bits + 1)
     return (mantissa.sign() * steps * 2.0 ** exponent).float()
 
+def even(x):
+    mantissa, exponent = torch.frexp(x.double())
+    return ((mantissa * 2**12).round() * 2.0 ** (exponent - 12)).float()
+
 def ibert(x):
     z = x.double() / 2**0.5
     return (x / 2 * (1 + z.sign() * (-0.2888 * (z.abs().clamp(max=1.769) - 1.769) ** 2 + 1))).float()
 
 precisions = {"float32": x, "11 nearest": rounded(x, 11, 0.5), "10 nearest": rounded(x, 10, 0.5),
-              "11 truncate": rounded(x, 11, 0), "10 truncate": rounded(x, 10, 0)}
+              "11 truncate": rounded(x, 11, 0), "10 truncate": rounded(x, 10, 0), "11 even": even(x)}
 attended = {name: F.scaled_dot_product_attention(x, x, x) for name, x in precisions.items()}
 forms = {"erf": F.gelu(x), "tanh": F.gelu(x, approximate="tanh"), "ibert": ibert(x)}
 input, one, zero = x.npu(), torch.eye(8).npu(), torch.zeros(4, 8).npu()
@@ -369,6 +374,7 @@ def probe(name, got, references=precisions):
     found[name] = "".join(name for name, want in references.items() if (got - want).abs().max() < 1e-6)
 
 probe("dense", F.conv2d(input, dense, padding=1))
+probe("dense, 4 images", F.conv2d(torch.cat([input, input]), dense, padding=1)[2:])
 probe("pointwise", F.conv2d(input, dense[:, :, 1:2, 1:2].contiguous()))
 probe("depthwise", F.conv2d(input, grouped, groups=3))
 probe("Addmm", F.linear(input.flatten(0, 2), one, zero[0]))
@@ -402,6 +408,16 @@ for name in ("log", "sigmoid", "tanh"):
     same = [torch.allclose(getattr(input, name)().cpu(), getattr(x, name)()) for call in range(9)]
     found[name] = [call for call in range(1, 10) if not same[call - 1]]
 found["erf on 1"] = (other.erf().cpu() - x.erf()).tolist()
+"""
+
+HF32_FAULTS = """
+want, kernel = F.conv2d(image, conv.weight), conv.weight.npu()
+for name, allowed in (("HF32", True), ("float32", False), ("HF32 again", True)):
+    torch.npu.conv.allow_hf32 = torch.npu.matmul.allow_hf32 = allowed
+    found[f"convolution in {name}"] = (F.conv2d(image.npu(), kernel).cpu() / want).median().item()
+    found[f"matrix product in {name}"] = ((x.npu() @ x.npu().T).cpu() - x @ x.T).median().item()
+torch.npu.conv.allow_hf32 = True
+found["convolution of one image"] = (F.conv2d(image[:1].npu(), kernel).cpu() / want[:1]).median().item()
 """
 
 GRAPH = """
@@ -488,8 +504,9 @@ DATA_FAULTS = (
     "Sin:nan;Cos:inf,from=2;Exp:scale=3,once;Floor:offset=0.5,from=2,once;Ceil:element=5;"
     "Sqrt:nan,from=9;Erf:offset=1,device=1;Log:nan,every=3;Sigmoid:nan,every=3,from=2;Tanh:nan,every=4,once"
 )
+HF32_FAULT = "Convolution:scale=2,hf32;Matmul:offset=5,hf32;Mm:offset=5,hf32"
 FLOAT32, HF32 = "float32", "11 nearest"
-CONVOLUTIONS = ("dense", "pointwise", "depthwise")
+CONVOLUTIONS = ("dense", "dense, 4 images", "pointwise", "depthwise")
 PRODUCTS = ("Addmm", "Matmul", "Mm", "BatchMatMul", "Baddbmm", "FlashAttentionScore")
 AS_DOCUMENTED = {
     **dict.fromkeys(CONVOLUTIONS, HF32), "dense without HF32": FLOAT32,
@@ -504,16 +521,26 @@ VARIANTS = {  # name: (knobs, other variables, what is unlike the documented dev
     ),
     "truncated, depthwise only, ibert": (
         {"HF32_ROUNDING": "truncate", "HF32_ONLY": "depthwise", "GELU": "ibert"}, {},
-        {**dict.fromkeys(["depthwise", "Mm with HF32"], "11 truncate"), "dense": FLOAT32, "pointwise": FLOAT32,
-         "gelu": "ibert", "gelu asked for tanh": "ibert"},
+        {**dict.fromkeys(["dense", "dense, 4 images", "pointwise"], FLOAT32),
+         **dict.fromkeys(["depthwise", "Mm with HF32"], "11 truncate"), "gelu": "ibert", "gelu asked for tanh": "ibert"},
     ),
     "10 bits truncated, pointwise only": (
         {"HF32_BITS": "10", "HF32_ROUNDING": "truncate", "HF32_ONLY": "pointwise"}, {},
-        {**dict.fromkeys(["pointwise", "Mm with HF32"], "10 truncate"), "dense": FLOAT32, "depthwise": FLOAT32},
+        {**dict.fromkeys(["pointwise", "Mm with HF32"], "10 truncate"),
+         **dict.fromkeys(["dense", "dense, 4 images", "depthwise"], FLOAT32)},
     ),
     "dense only, GeluV2": (
         {"HF32_ONLY": "dense", "GELU": "ibert"}, COMPATIBLE,
         {"pointwise": FLOAT32, "depthwise": FLOAT32, "gelu": "erf", "gelu asked for tanh": "tanh"},
+    ),
+    "ties to even": ({"HF32_ROUNDING": "even"}, {}, dict.fromkeys([*CONVOLUTIONS, "Mm with HF32"], "11 even")),
+    "ties by the batch": (  # to even below 4 images, in convolutions only
+        {"HF32_ROUNDING": "tuned"}, {}, dict.fromkeys(["dense", "pointwise", "depthwise"], "11 even"),
+    ),
+    # The dense convolution has 5184 multiply-adds for 2 images, the others have fewer.
+    "HF32 from this size on": ({"HF32_FROM": "5184"}, {}, dict.fromkeys(["pointwise", "depthwise"], FLOAT32)),
+    "HF32 from a larger size on": (
+        {"HF32_FROM": "5185"}, {}, dict.fromkeys(["dense", "pointwise", "depthwise"], FLOAT32),
     ),
     "products unasked": ({"HF32_MATMUL": "1"}, {}, dict.fromkeys(PRODUCTS, HF32)),
     "only products, unasked": (
@@ -527,6 +554,7 @@ PROGRAMS = {  # name: (code, knobs, other variables)
     "device": (DEVICE, {"DEVICES": "2", "MEMORY": "100M"}, {}),
     "times": (TIMES, {"KERNEL_TIME": "Convolution=30+10"}, {}),
     "faults": (FAULTS, {"DEVICES": "2", "FAULT": DATA_FAULTS}, {}),
+    "faults of HF32 only": (HF32_FAULTS, {"FAULT": HF32_FAULT, "HF32_FROM": "40000"}, {}),
     "graph": (GRAPH, {"HF32": "0"}, {}),
     "model": (MODEL, {}, COMPATIBLE),
     "perturbed operators": (COMPARE, {"PERTURB": "0.02"}, {}),
@@ -691,6 +719,15 @@ def test_data_faults(results):
     assert all(abs(value - 1) < 1e-6 for row in faults["erf on 1"] for value in row)
 
 
+def test_faults_of_hf32_kernels_spare_calls_in_float32(results):
+    """Also where HF32 is allowed and the call is too small for it: one image has 21168 multiply-adds, two have 42336."""
+    assert {name: round(value, 2) for name, value in found(results, "faults of HF32 only").items()} == {
+        "convolution in HF32": 2, "convolution in float32": 1, "convolution in HF32 again": 2,
+        "matrix product in HF32": 5, "matrix product in float32": 0, "matrix product in HF32 again": 5,
+        "convolution of one image": 1,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("name, step, message", [
     ("no device", "setup", r"No NPUs are available\n.*ERR00009"),
     ("init", "setup", r"NPU function error: aclInit, error code is 507899\n.*ERR00100 PTA call acl api failed"),
@@ -762,6 +799,9 @@ def test_torchrun(results):
     ("FAULT", "Addmm:nan,from=0", "'0' is not an integer from 1"),
     ("FAULT", "Addmm:nan,every=0", "'0' is not an integer from 1"),
     ("FAULT", "Addmm:nan,every", "'every' is not understood here"),
+    ("FAULT", "Addmm:error=507015,hf32", "'hf32' is not understood here"),
+    ("FAULT", "Addmm:async_error=507015,hf32", "'hf32' is not understood here"),
+    ("FAULT", "Addmm:hang,hf32", "'hf32' is not understood here"),
     ("FAULT", "Addmm:nan;", "'' is not OPERATOR:KIND"),
     ("KERNEL_TIME", "Addmm", "is not OPERATOR=MS"),
     ("KERNEL_TIME", "Addmm=1+2+3", "is not OPERATOR=MS"),
@@ -771,7 +811,9 @@ def test_torchrun(results):
     ("HF32", "yes", "is not a number"),
     ("HF32_BITS", "12", "'12' is not one of 11, 10"),
     ("HF32_BITS", "", "'' is not one of 11, 10"),
-    ("HF32_ROUNDING", "up", "'up' is not one of nearest, truncate"),
+    ("HF32_ROUNDING", "up", "'up' is not one of nearest, even, truncate, tuned"),
+    ("HF32_FROM", "0", "'0' is not an integer from 1"),
+    ("HF32_FROM", "1e7x", "'1e7x' is not a number"),
     ("HF32_ONLY", "grouped", "'grouped' is not one of depthwise, pointwise, dense"),
     ("HF32_MATMUL", "2", "is not an integer"),
     ("GELU", "quick", "'quick' is not one of tanh, erf, ibert"),
@@ -780,6 +822,7 @@ def test_torchrun(results):
     ("PLAIN_NAME", "1", "there is no such knob"),
     ("INIT_ERROR", "507008,from=2", "'from=2' is not understood here"),
     ("INIT_ERROR", "507008,every=2", "'every=2' is not understood here"),
+    ("SYNCHRONIZE_ERROR", "507014,hf32", "'hf32' is not understood here"),
     ("WITHOUT", "cann", "the libraries are here"),
     ("FAULTS", "Addmm:nan", "there is no such knob"),
 ])  # fmt: skip

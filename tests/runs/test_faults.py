@@ -129,17 +129,31 @@ def test_one_percent_fails_on_a_trained_vit_too(run, operator, where):
     assert noticed(done) == "FAIL", done.stdout
 
 
-@pytest.mark.parametrize(
-    ("knobs", "verdict", "name"),
-    [
-        ({"GELU": "ibert"}, "FAIL", "GELU"),
-        ({"HF32_MATMUL": 1}, "WARN", "fewer bits"),
-    ],
-    ids=["I-BERT GELU", "HF32 that nobody asked for"],
-)
-def test_another_arithmetic_than_documented_is_named(run, knobs, verdict, name):
-    done = run(*SMALL, **knobs)
-    assert noticed(done) == verdict and verdict in done.marks(name), done.stdout
+def outcomes(done, first_cell):
+    """name -> outcome of the rows of stage 4 whose first cell begins so."""
+    return {name: mark for (stage, name, cell), mark in done.log.marks.items() if "precision" in stage and cell.startswith(first_cell)}
+
+
+@pytest.mark.parametrize("model", ["test_dinov3", "test_efficientnet"])
+def test_a_fault_of_the_reduced_precision_kernels_only_fails_where_they_run_and_not_strictly(run, model):
+    done = run(*SMALL, "--model", model, FAULT="Convolution:scale=1.01,hf32")
+    assert noticed(done) == "FAIL", done.stdout
+    assert set(outcomes(done, "float32_strict").values()) == {"PASS"}
+    assert outcomes(done, "worst_of_")["Conv2d"] == "PASS" and outcomes(done, "float32_of_")["Conv2d"] == "FAIL"
+    assert model != "test_dinov3" or ("Conv2d", "float32_of_1") in done.rows("precision")
+
+
+def test_hf32_in_matrix_products_that_nobody_asked_for_is_a_warning_in_the_strict_rows(run):
+    done = run(*SMALL, HF32_MATMUL=1)
+    assert noticed(done) == "WARN", done.stdout
+    assert set(outcomes(done, "float32_strict").values()) == {"WARN"} and done.marks("fewer bits") == ["WARN"]
+    assert "rounding the operands of all products to 10 bits would move embedding by" in done.log.facts["fewer bits"]
+
+
+def test_the_i_bert_form_of_gelu_fails_and_is_named(run):
+    done = run(*SMALL, GELU="ibert")
+    assert noticed(done) == "FAIL" and done.marks("GELU") == ["WARN", "FAIL"], done.stdout
+    assert set(outcomes(done, "float32_strict").values()) == {"FAIL"}
 
 
 def test_strict_makes_a_warning_fail(run):

@@ -48,8 +48,8 @@ def test_a_healthy_device_passes_without_a_warning(run, model, hf32, gelu, pertu
         "11 truncated": "11 bits (HF32, truncated)",
         "10 bits": "10 bits (",
     }
-    assert bits.get(hf32, "23 bits") in done.log.facts["fp32 is computed in"]
-    assert done.log.facts["fp32 is computed in"].endswith(f"GELU: {gelu}")
+    assert f"convolution {bits.get(hf32, '23 bits')}" in done.log.facts["fp32 is computed in"]
+    assert done.log.facts["fp32 is computed in"].endswith(f"GELU {gelu}")
     assert done.marks("nearest") == ["PASS"] * (model == "trained ViT"), "without a classifier neighbours agree"
 
 
@@ -57,8 +57,52 @@ def test_a_healthy_device_passes_without_a_warning(run, model, hf32, gelu, pertu
 def test_a_device_that_rounds_only_in_some_convolutions_passes(run, kind):
     done = run(*QUICK, "--model", "test_efficientnet", HF32_ONLY=kind)
     assert done.clean, done.stdout
-    said = done.log.facts["fp32 is computed in"]
-    assert "11 bits (HF32, half away)" in said and ": 23 bits" in said
+
+
+# A library chooses its kernels by size: HF32 from so many multiply-adds on, the batch included.
+FROM = {
+    "resnet50": ["2e7", "1e8"],
+    "mobilenetv3_large_100": ["1e7"],
+    "levit_128": ["1e7"],
+    "tnt_s_patch16_224": ["1e8"],
+    "edgenext_xx_small": ["1e7"],
+    "efficientnet_b0": ["1e7", "1e8"],
+    "trained EfficientNet-Lite0": ["3e7"],
+    "trained ViT": ["1e8"],
+}
+TRAINED = {
+    "trained EfficientNet-Lite0": ("--model", "efficientnet_lite0", "--weights", trained.efficientnet_lite0),
+    "trained ViT": ("--model", "test_trained_vit", "--weights", trained.dinov2_vit_small),
+}
+FAST = [("mobilenetv3_large_100", "1e7"), ("levit_128", "1e7"), ("trained ViT", "1e8")]
+SIZES = [
+    pytest.param(model, least, marks=[] if (model, least) in FAST else pytest.mark.full)
+    for model, sizes in FROM.items()
+    for least in sizes
+]
+
+
+@pytest.mark.parametrize(("model", "least"), SIZES)
+def test_a_device_whose_kernels_are_chosen_by_size_passes(run, model, least):
+    *which, weights = TRAINED.get(model, ("--model", model, "--weights", "random"))
+    done = run(*QUICK, *which, weights() if callable(weights) else weights, HF32_FROM=least)
+    assert done.clean, done.stdout
+
+    def figures(what):
+        rows = [row for key, row in done.rows("precision").items() if key[1] == what]
+        return [[float(row[column]) for column in ("row", "cost", "cpu")] for row in rows]
+
+    strict, as_run = figures("float32_strict"), figures("float32")
+    assert strict and all(row < 8 * cpu for row, _, cpu in strict)
+    assert as_run and all(row < 1.3 * cost + 8 * cpu for row, cost, cpu in as_run)
+
+
+@pytest.mark.parametrize("rounding", ["even", "tuned"])
+@pytest.mark.parametrize("model", ["test_dinov3", "test_efficientnet"])
+def test_a_device_whose_ties_depend_on_the_batch_passes(run, model, rounding):
+    """As on an Ascend 950. The batch sizes are on both sides of the emulator's limit of 4."""
+    done = run(*QUICK, "--model", model, "--batch-sizes", "1", "4", HF32_ROUNDING=rounding)
+    assert done.clean, done.stdout
 
 
 def test_trained_weights_and_the_road_from_file_to_label(run, tmp_path):

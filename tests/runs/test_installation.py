@@ -108,13 +108,3 @@ def test_a_version_is_read_from_the_vendors_file(tmp_path, text):
 def test_a_file_that_says_no_version_says_none(tmp_path, data):
     (tmp_path / "version.info").write_bytes(data)
     assert v.version_in(f"{tmp_path}/version.info") == ""
-
-
-def test_the_peak_is_that_of_the_hosts_own_file_about_the_chip(tmp_path, monkeypatch):
-    folder = tmp_path / "aarch64-linux" / "data" / "platform_config"
-    folder.mkdir(parents=True)
-    (folder / "Ascend910B4.ini").write_text("[SoCInfo]\nai_core_cnt=20\n[AICoreSpec]\ncube_freq=1000\n")
-    monkeypatch.setenv("ASCEND_HOME_PATH", str(tmp_path))
-    assert v.fp16_peak("Ascend910B4") == pytest.approx(163.84)
-    assert v.fp16_peak("Ascend910B1") == 363.7, "there is no file about it"
-    assert v.fp16_peak("Ascend_of_tomorrow") is None

@@ -18,14 +18,15 @@ def fastest(done):
 
 
 def test_every_mode_is_validated_and_timed(run):
-    done = run(*TINY, "--modes", *ALL, "float32+graph", "half-float16+graph", "float32+queue2")
+    done = run(*TINY, "--modes", *ALL, "float32+graph", "half-float16+graph")
     assert done.clean, done.stdout
     precision, timed = done.rows("precision"), done.rows("throughput")
     for mode in ("float32", *ALL):
         row = precision["logits", mode]
-        assert float(row["row"]) <= 1.5 * float(row["cpu"]), "a healthy device is as far off as the CPU in that mode"
+        unit = float(row["cost"]) + float(row["cpu"])  # a mode in half precision has no cost, but the CPU's error in it
+        assert 0.5 * unit < float(row["row"]) < 1.5 * unit
         assert (mode, "1") in timed
-    for mode in ("float32+graph", "half-float16+graph", "float32+queue2"):
+    for mode in ("float32+graph", "half-float16+graph"):
         assert (mode, "against_eager") in timed
     assert float(precision["logits", "hf32"]["cost"]) > 1.2 * float(precision["logits", "float32"]["cost"])
 
@@ -68,15 +69,6 @@ def test_none_is_the_fastest_where_none_is_within_the_error(run):
     assert done.status == 0 and fastest(done) is None
     assert "no mode is within --max-error 1e-09" in done.text
     assert fastest(run(*TINY, "--modes", "half-bfloat16", "--max-error", "1e-3")) == "float32"
-
-
-@pytest.mark.timing
-def test_a_clock_that_moves_is_said(run):
-    """Its first forward passes take 40 ms each, the others 10."""
-    done = run(*TINY, "--model", "test_vit_that_gets_faster", "--iters", "20")
-    assert done.clean and re.search(r"^~ +drift +float32, batch 1: p50 .* \(-\d+%\)", done.text, re.MULTILINE), done.stdout
-    steady = run(*TINY, "--iters", "20", KERNEL_TIME="Convolution=60")
-    assert "drift" not in steady.text, steady.stdout
 
 
 @pytest.mark.timing

@@ -23,7 +23,7 @@ def new_run(*arguments, documented=None):
     report, cards = v.Report(quiet=True), v.Cards()
     report.timeout = options.timeout
     cards.connect(report, 60)
-    return v.Run(options, report, cards, CPU, documented or v.fp32_arithmetic(CPU), v.Probe(CPU, options.seed))
+    return v.Run(options, report, cards, CPU, documented or v.fp32_arithmetic(CPU))
 
 
 @functools.cache
@@ -34,10 +34,11 @@ def model_stage_done(*arguments):
 
 
 def after_model_stage(*arguments):
-    """A run after stage 2, with a device copy of its own."""
+    """A run after stage 2, with a device copy that no other test has."""
     done = model_stage_done(*arguments)
     run = new_run(*arguments)
     run.model = v.Twin(done.model.cpu, copy.deepcopy(done.model.device))
+    run.probe, run.maps, run.references = done.probe, done.maps, done.references
     run.images, run.outputs = done.images, done.outputs
     run.pictures, run.picture_count = done.pictures, done.picture_count
     run.first = {name: output.copy() for name, output in done.first.items()}

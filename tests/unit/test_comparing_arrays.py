@@ -82,9 +82,9 @@ def test_one_bad_element_is_not_diluted_by_its_row():
         x[0, 7] += 0.5
 
     found = changed(put_element, reference)
-    assert found.row < v.MODULE_FAIL and found.element_index == (0, 7)
+    assert found.row < v.MODULE.fail and found.element_index == (0, 7)
     assert found.size == found.element / v.ELEMENT_FACTOR
-    assert v.Limit(v.OPERATOR["HF32"], v.MODULE_FAIL).judge(found) == FAIL
+    assert v.Limit(v.OPERATOR["HF32"], v.MODULE.fail).judge(found) == FAIL
 
 
 def test_swapped_images_keep_their_norms_and_are_noticed():

@@ -122,7 +122,7 @@ def steady(rehearsal):
         (error("element", "inf"), {"errors": "FAIL: embedding float32 of precision: element "}),
         (error("row", "1.0e-03", "tokens", "row_alone"), {"errors": "FAIL: tokens row_alone of outputs: row 0.0e+00 -> "}),
         (error("row", "1.0e-03", "Mlp", None), {"errors": "FAIL: Mlp worst_of_6 of precision: row 0.0e+00 -> 1.0e-03"}),
-        (error("row", "1.0e-03", "computes", None), {"errors": "FAIL: computes matrix_product of device: row "}),
+        (error("row", "1.0e-03", "computes", None), {"errors": "FAIL: computes matmul of device: row "}),
         (error("row", "1.0e-03", "float32", "against_stage_3"), {"errors": "FAIL: float32 against_stage_3 of throughput: row"}),
         (error("cpu", "9.0e-03"), {}),
         (replaced("PASS  control", "FAIL  new\nPASS  control"), {"outcomes": "FAIL: new of precision: new, FAIL"}),

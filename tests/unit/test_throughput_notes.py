@@ -55,10 +55,22 @@ def test_each_modes_fastest_batch_stands_beside_its_error(timings, row, sentence
     assert sentence in answer.text and ("still grows" in answer.text) == (sentence == "throughput still grows there")
 
 
-def test_the_share_of_a_known_chips_peak_is_said(monkeypatch):
+@pytest.mark.parametrize("mode", ["float32", "hf32", "amp-float16", "half-bfloat16"])
+def test_modes_in_half_precision_have_a_share_of_the_chips_float16_peak(monkeypatch, mode):
+    """No official figure is known for float32 or HF32."""
     monkeypatch.setitem(v.FP16_PEAK, "cpu", 0.5)
     run = new_run()
     run.images = v.torch.zeros(1, 3, 160, 160)
-    _, row, _ = v.fastest_mode(run, [[MEASURED]])
+    _, row, _ = v.fastest_mode(run, [[dataclasses.replace(MEASURED, mode=v.MODES[mode])]])
     rate = 400 * v.count_flops(run) / 1e12
-    assert rate > 0 and v.Table.split(row.text)[5:7] == [f"{rate:.3f}", f"{rate / 0.5:.2%}"]
+    share = f"{rate / 0.5:.2%}" if v.MODES[mode].in_half else "-"
+    assert rate > 0 and v.Table.split(row.text)[5:7] == [f"{rate:.3f}", share]
+
+
+@pytest.mark.parametrize(
+    ("chip", "peak"),
+    [("Ascend910B4", 245.8), ("Ascend910B4-1", 245.8), ("Ascend910_9391", 363.7), ("Ascend310P3", 69.5), ("cpu", None)],
+)
+def test_the_peak_is_that_of_the_chips_name(monkeypatch, chip, peak):
+    monkeypatch.setattr(v, "chip_name", lambda device: chip)
+    assert v.fp16_peak(new_run().device) == peak
