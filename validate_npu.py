@@ -2049,6 +2049,8 @@ class Log:
             match = LINE.fullmatch(line)
             if match is None and last and line[1:INDENT].isspace():  # the continuation of a line
                 self.texts[last] += f" {line[1:].strip()}"
+                if last in self.rows:
+                    self.rows[last].update(zip(columns, self.texts[last].split()))
                 continue
             if match is None:  # a title, or the legend of a table
                 columns, last = [], ""
@@ -2827,7 +2829,9 @@ class Table:
         text, width = self.row(*cells), max(self.width, len(id)) + 6
         if len(text) + width > WIDTH:
             last = str(cells[-1])
-            text = f"{text[: -len(last)]}..{last[len(text) + width + 2 - WIDTH:]}"
+            is_name = self.columns[-1][1].startswith("<")  # else a number is wider than its column
+            shorter = f"{text[: -len(last)]}..{last[len(text) + width + 2 - WIDTH:]}"
+            text = shorter if is_name else " ".join(text.split())
         return Entry(mark, id, text, width=self.width, **more)
 
 
