@@ -1,9 +1,12 @@
-"""The model under test: its weights and inputs are those of the seed, and its feature maps those that timm promises."""
+"""The model under test: its weights and inputs are those of the seed, and its feature maps those of timm."""
 
 import copy
+import dataclasses
+import re
+import types
 
 import pytest
-from small_run import CPU, after_model_stage, new_run
+from small_run import CPU, after_model_stage, drain, new_context
 
 import validate_npu as v
 
@@ -12,37 +15,49 @@ np, torch, timm = v.np, v.torch, v.timm
 
 # --- memory -----------------------------------------------------------------------------------------------------------
 
-MEMINFO = "MemTotal: 9000 kB\nMemAvailable:    8000 kB\nSwapFree:     192 kB\n"
-V1, V2 = "sys/fs/cgroup/memory", "sys/fs/cgroup"
+MEMINFO, CGROUP = "MemTotal: 9000 kB\nMemAvailable:    8000 kB\nSwapFree:     192 kB\n", "sys/fs/cgroup/memory"
+GROUP = {"proc/meminfo": MEMINFO, f"{CGROUP}.current": "5000000\n", f"{CGROUP}.stat": "anon 3000000\nfile 2000000\n"}
 
 
 @pytest.mark.parametrize(
     ("files", "left"),
     [
-        ({"proc/meminfo": MEMINFO}, 8192 * 1024),
-        ({}, float("inf")),
-        ({"proc/meminfo": MEMINFO, f"{V2}/memory.max": "max\n", f"{V2}/memory.current": "5\n",
-          f"{V2}/memory.stat": "anon 3\nfile 2\n"}, 8192 * 1024),
-        ({"proc/meminfo": MEMINFO, f"{V2}/memory.max": "1000\n", f"{V2}/memory.current": "500\n",
-          f"{V2}/memory.stat": "anon 300\nfile 200\n"}, 700),
-        ({"proc/meminfo": MEMINFO, f"{V1}/memory.limit_in_bytes": "1000\n", f"{V1}/memory.usage_in_bytes": "600\n",
-          f"{V1}/memory.stat": "cache 1\ntotal_cache 200\n"}, 600),
+        ({"proc/meminfo": MEMINFO}, 8000 * 1024),
+        ({}, None),
+        (GROUP | {f"{CGROUP}.max": "max\n"}, 8000 * 1024),
+        (GROUP | {f"{CGROUP}.max": "7000000\n"}, 4000000),
+        (GROUP | {f"{CGROUP}.max": "90000000\n"}, 8000 * 1024),
     ],
-    ids=["no container", "no Linux", "a container without a limit", "a limit, cgroup 2", "a limit, cgroup 1"],
-)  # fmt: skip
-def test_memory_is_what_the_system_has_or_the_containers_limit_leaves(tmp_path, files, left):
+    ids=["no container", "no Linux", "a container without a limit", "a limit", "a limit above what the host has"],
+)
+def test_the_memory_that_is_left_is_that_of_the_system_or_of_the_limit_of_the_container(tmp_path, files, left):
+    """12 bytes a parameter in a dry run: it is refused if one parameter more than fits is needed."""
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert v.memory_left(tmp_path) == left
+    fits = 10**9 if left is None else left // 12
+    v.check_memory(new_context(meta_model=torch.nn.Linear(fits, 1, bias=False, device="meta")), tmp_path)
+    if left is not None:
+        with pytest.raises(v.CannotRun, match=" of host memory .12 bytes a parameter., and 0.0 GiB are available in this"):
+            v.check_memory(new_context(meta_model=torch.nn.Linear(fits + 1, 1, bias=False, device="meta")), tmp_path)
 
 
-def test_a_model_that_the_host_has_no_memory_for_ends_the_run_before_its_weights_are_there():
-    run = new_run()
-    run.skeleton = torch.nn.Linear(2**20, 2**20, device="meta")
-    with pytest.raises(v.CannotRun, match=r"^test_vit takes 12288.0 GiB of host memory \(12 bytes a parameter\), and"):
-        next(v.model_stage(run))
-    assert run.model is None
+def test_a_model_that_needs_more_memory_than_the_host_has_ends_the_run_before_it_is_loaded(monkeypatch):
+    context = new_context(meta_model=torch.nn.Linear(2**20, 2**20, device="meta"))
+    monkeypatch.setattr(v, "load_model", lambda options: pytest.fail("it is loaded"))
+    with pytest.raises(v.CannotRun, match=r"^test_vit needs 12288.0 GiB of host memory \(12 bytes a parameter\), and"):
+        next(v.model_stage(context, None))
+
+
+@pytest.mark.parametrize(("device", "processes", "text"), [
+    ("npu", 1, "8192.0 GiB of host memory (8 bytes a parameter)"),
+    ("npu", 8, "65536.0 GiB of host memory (8 bytes a parameter, 8 processes)"),
+])  # fmt: skip
+def test_the_processes_of_a_host_share_its_memory(device, processes, text):
+    context = new_context(meta_model=torch.nn.Linear(2**20, 2**20, bias=False, device="meta"))
+    context.ranks.local_size = processes
+    with pytest.raises(v.CannotRun, match=re.escape(text)):
+        v.check_memory(dataclasses.replace(context, device=types.SimpleNamespace(type=device)))
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------
@@ -56,7 +71,7 @@ def test_random_weights_let_every_block_matter(name):
     """
     model = timm.create_model(name).eval()
     v.draw_weights(model, seed=0)
-    images = v.draw_images(1, timm.data.resolve_model_data_config(model)["input_size"], seed=0)
+    inputs = v.draw_inputs(1, timm.data.resolve_model_data_config(model)["input_size"], seed=0)
     before = v.forward_outputs(model, images)["embedding"]
     matrices = [(key, p) for key, p in model.named_parameters() if p.ndim > 1 and not key.startswith(("head", "fc"))]
     for key, parameter in matrices[:: 1 + len(matrices) // 12]:
@@ -121,7 +136,7 @@ def test_the_qkvb_variant_with_zero_biases_gives_the_outputs_of_the_plain_one():
     for name, parameter in biased.named_parameters():
         if name in missing:
             parameter.data.zero_()
-    images = v.draw_images(1, (3, 256, 256), 0)
+    inputs = v.draw_inputs(1, (3, 256, 256), 0)
     outputs = [v.forward_outputs(model, images)["tokens"] for model in (plain, biased)]
     assert v.compare(outputs[1], outputs[0]).row < 1e-6
 
@@ -130,16 +145,16 @@ def test_the_qkvb_variant_with_zero_biases_gives_the_outputs_of_the_plain_one():
 
 
 def test_images_are_those_of_the_seed_and_batches_share_them():
-    images = v.draw_images(5, (3, 24, 32), 3)
+    inputs = v.draw_inputs(5, (3, 24, 32), 3)
     assert images.shape == (5, 3, 24, 32) and images.dtype == torch.float32
-    assert torch.equal(v.draw_images(2, (3, 24, 32), 3), images[:2])
-    assert not torch.equal(v.draw_images(5, (3, 24, 32), 4), images)
+    assert torch.equal(v.draw_inputs(2, (3, 24, 32), 3), images[:2])
+    assert not torch.equal(v.draw_inputs(5, (3, 24, 32), 4), images)
 
 
 def test_images_have_the_scale_of_normalised_ones_and_differ_from_each_other():
-    images = v.draw_images(8, (3, 64, 64), 0).flatten(1)
+    inputs = v.draw_inputs(8, (3, 64, 64), 0).flatten(1)
     assert images.std().item() == pytest.approx(1, abs=0.05) and abs(images.mean().item()) < 0.05
-    coarse = torch.nn.functional.avg_pool2d(v.draw_images(8, (3, 64, 64), 0), 8).flatten(1)
+    coarse = torch.nn.functional.avg_pool2d(v.draw_inputs(8, (3, 64, 64), 0), 8).flatten(1)
     assert torch.pdist(coarse).min() > 5, "also where a model averages over patches: of plain noise it is about 2"
 
 
@@ -152,7 +167,7 @@ def test_a_picture_goes_through_the_models_own_transforms(tmp_path):
     config = timm.data.resolve_model_data_config(timm.create_model("test_vit"))
     (tmp_path / "copy-of-a.png").write_bytes((tmp_path / "a.png").read_bytes())
     given = [tmp_path / "b.png", tmp_path, tmp_path / "gr*.png"]
-    found = dict(v.load_pictures(list(map(str, given)), config))
+    found = dict(v.load_images(list(map(str, given)), config))
     assert list(found) == ["b.png", "a.png", "grey.png"], "files, folders, patterns; the same picture counts once"
     expected = timm.data.create_transform(**config, is_training=False)(Image.fromarray(values))
     assert torch.equal(found["a.png"], expected) and expected.shape == (3, 160, 160)
@@ -189,7 +204,7 @@ def test_pictures_of_every_kind_are_read(tmp_path, name, mode, how):
         pytest.skip("this Pillow cannot")
     save_picture(tmp_path / name, mode, **how)
     config = timm.data.resolve_model_data_config(timm.create_model("test_vit"))
-    ((_, picture),) = v.load_pictures([str(tmp_path / name)], config)
+    ((_, picture),) = v.load_images([str(tmp_path / name)], config)
     assert picture.shape == (3, 160, 160) and picture.std() > 0.1
 
 
@@ -211,14 +226,14 @@ def test_a_picture_of_which_nothing_is_left_is_refused_by_name(tmp_path, name, m
         path.write_bytes(path.read_bytes()[:400])
     config = timm.data.resolve_model_data_config(timm.create_model("test_vit"))
     with pytest.raises(v.CannotRun, match=f"the picture {path} {message}"):
-        list(v.load_pictures([str(path)], config))
+        list(v.load_images([str(path)], config))
 
 
 def test_a_model_whose_channels_no_picture_has_is_told_so(tmp_path):
     save_picture(tmp_path / "a.png", "RGB")
     config = timm.data.resolve_model_data_config(timm.create_model("test_vit")) | {"input_size": (4, 160, 160)}
     with pytest.raises(v.CannotRun, match="^the model takes images of 4 channels, which pictures do not have$"):
-        list(v.load_pictures([str(tmp_path / "a.png")], config))
+        list(v.load_images([str(tmp_path / "a.png")], config))
 
 
 # --- outputs ----------------------------------------------------------------------------------------------------------
@@ -312,7 +327,7 @@ def test_a_model_without_feature_maps_has_none_and_its_other_outputs_are_judged(
 def test_the_outputs_are_those_of_the_models_own_forward_pass(name, outputs):
     model = timm.create_model(name).eval()
     v.draw_weights(model, 0)
-    images = v.draw_images(2, timm.data.resolve_model_data_config(model)["input_size"], 0)
+    inputs = v.draw_inputs(2, timm.data.resolve_model_data_config(model)["input_size"], 0)
     found = v.forward_outputs(model, images)
     assert {key: output.shape for key, output in found.items()} == outputs
     with torch.inference_mode():
@@ -341,7 +356,7 @@ def test_activations_are_of_order_1_through_the_whole_depth(name):
             module.register_forward_hook(
                 lambda m, i, output, key=key: sizes.update({key: float(output.square().mean().sqrt())})
             )
-    embedding = v.forward_outputs(model, v.draw_images(2, timm.data.resolve_model_data_config(model)["input_size"], 5))
+    embedding = v.forward_outputs(model, v.draw_inputs(2, timm.data.resolve_model_data_config(model)["input_size"], 5))
     assert 0.1 < np.sqrt(np.mean(embedding["embedding"] ** 2)) < 10
     assert 0.05 < min(sizes.values()) and max(sizes.values()) < 20, sizes
 
