@@ -734,8 +734,9 @@ def load_images(given: list[str], config: dict) -> Iterator[tuple[str, torch.Ten
     for path in tqdm(paths, desc="images", leave=False, disable=True if len(paths) < 16 else None):
         try:
             image = Image.open(path)
-            if image.mode[0] in "IF" and image.getextrema()[1] > 255:
-                raise ValueError("16 bits or floats, which become white in 8 bits")
+            low, high = image.getextrema() if image.mode[0] in "IF" else (0, 255)
+            if not (low >= 0 and 1 < high <= 255):
+                raise ValueError(f"it has values from {low:g} to {high:g}, which become black or white in 8 bits")
             yield os.path.basename(path), transform(image.convert(IMAGE_MODES[channels]))
         except Exception as error:  # each of Pillow's readers has its own
             raise CannotRun(f"the image {path} cannot be read: {describe(error)}") from error
