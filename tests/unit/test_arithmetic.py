@@ -1,4 +1,4 @@
-"""Emulated precision: the rounding of a device is identified, reproduced on the CPU, and limits follow from its cost."""
+"""Emulated precision: the rounding of a device is identified, reproduced on the CPU, and its cost sets limits."""
 
 import math
 
@@ -63,7 +63,10 @@ def device_with(precision, spoil=lambda output: output):
 def operands():
     """Of 13 bits, so that ties are frequent, as probe_device draws them."""
     generator = torch.Generator().manual_seed(0)
-    return [v.Fp32Precision(13, "truncated").round(torch.randn(shape, generator=generator)) for shape in ((64, 96), (96, 32))]
+    return [
+        v.Fp32Precision(13, "truncated").round(torch.randn(shape, generator=generator))
+        for shape in ((64, 96), (96, 32))
+    ]
 
 
 @pytest.mark.parametrize("precision", KNOWN, ids=lambda precision: precision.name)
@@ -244,7 +247,9 @@ def test_gelu_is_computed_in_the_form_of_the_device(layer):
     x = torch.linspace(-3, 3, 7)
     with torch.inference_mode(), v.emulated_precision(gelu=ALWAYS_TANH) as seen:
         assert torch.equal(layer(x), functional.gelu(x, approximate="tanh"))
-    assert seen.gelus == (getattr(layer, "approximate", "none") == "none"), "those in the requested form are not counted"
+    assert seen.gelus == (getattr(layer, "approximate", "none") == "none"), (
+        "those in the requested form are not counted"
+    )
 
 
 @pytest.mark.parametrize("mode", ["nearest", "nearest-exact", "bilinear", "bicubic"])
@@ -287,9 +292,13 @@ def references(documented, gelu=ERF, model="test_vit"):
 )
 def test_the_cost_is_attributed_to_gelu_first_then_to_the_reduced_precision(documented, gelu, same):
     found = references(documented, gelu)
-    assert {name for name in ("exact", "reduced") if getattr(found, name) is found.expected} == same, "no pass is made twice"
+    assert {name for name in ("exact", "reduced") if getattr(found, name) is found.expected} == same, (
+        "no pass is made twice"
+    )
     assert (found.costs["embedding"] > 1e-5) == bool(documented)
-    assert all(0 < error < 2e-6 for error in found.errors.values()), "e is the error of the CPU in float32, without GELU"
+    assert all(0 < error < 2e-6 for error in found.errors.values()), (
+        "e is the error of the CPU in float32, without GELU"
+    )
 
 
 def test_rounding_both_kinds_costs_more_than_one():

@@ -21,7 +21,6 @@ from small_run import (
     first_pass_again,
     marks,
     new_context,
-
 )
 from timm.models import register_model
 from timm.models.vision_transformer import VisionTransformer
@@ -84,7 +83,9 @@ HF32, FLOAT16 = v.Fp32Precision(11, "half away", "HF32"), v.FLOAT16
 
 
 def probe_of(matmul=(v.EXACT, EQUAL), gelu_error=0.0):
-    return v.Probe({"convolution": (v.EXACT, EQUAL), "matmul": matmul}, dict.fromkeys(("none", "tanh"), "tanh"), gelu_error)
+    return v.Probe(
+        {"convolution": (v.EXACT, EQUAL), "matmul": matmul}, dict.fromkeys(("none", "tanh"), "tanh"), gelu_error
+    )
 
 
 @pytest.mark.parametrize(
@@ -163,7 +164,9 @@ class WithoutNpu(str):
 
 
 GRAPH = v.MODES["float32+graph"]
-CAUTION = "CAUTION: The operator 'aten::foo.out' is not currently supported on the NPU backend and will fall back to run"
+CAUTION = (
+    "CAUTION: The operator 'aten::foo.out' is not currently supported on the NPU backend and will fall back to run"
+)
 
 
 @pytest.mark.parametrize(
@@ -210,6 +213,7 @@ def test_a_healthy_output_passes_and_its_row_has_its_figures():
     assert figures == pytest.approx([VALUES.min(), VALUES.max(), VALUES.mean(), VALUES.std()], rel=0.1)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")  # of infinity - infinity
 @pytest.mark.parametrize(
     ("values", "expected", "problem"),
     [
@@ -221,7 +225,11 @@ def test_a_healthy_output_passes_and_its_row_has_its_figures():
         (with_value(-math.inf), (1, 8), "batch 2: 0 NaN and 1 Inf in 16 values, 0 on the CPU"),
         (np.full((2, 8), math.nan, np.float32), (1, 8), "batch 2: 16 NaN and 0 Inf in 16 values, 0 on the CPU"),
         (np.float32([VALUES[0], np.full(8, 0.5)]), (1, 8), "batch 2: collapsed: all values of an image are equal"),
-        (np.float32([VALUES[0], VALUES[0] * (1 + 1e-6)]), (1, 8), "batch 2: different images give the same output (rel"),
+        (
+            np.float32([VALUES[0], VALUES[0] * (1 + 1e-6)]),
+            (1, 8),
+            "batch 2: different images give the same output (rel",
+        ),
     ],
 )
 def test_an_output_fails_for_each_property_that_can_be_incorrect(values, expected, problem):
@@ -313,7 +321,9 @@ def test_a_row_of_a_batch_warns_at_64_times_the_error_of_the_cpu_and_fails_at_25
     found, _ = stage_3(*run)
     assert apart(found) == ({"outputs.logits": outcome} if outcome != PASS else {})
     shown = cells(v.OUTPUTS, found["outputs.logits"])
-    assert shown["limit"] == f"{limit * error:.1e}" and float(shown["used"][:-1]) == pytest.approx(100 * factor / limit, abs=3)
+    assert shown["limit"] == f"{limit * error:.1e}" and float(shown["used"][:-1]) == pytest.approx(
+        100 * factor / limit, abs=3
+    )
 
 
 def test_the_worst_batch_is_named():
@@ -359,7 +369,9 @@ def test_outputs_that_are_equal_for_every_image_fail(run):
     found, _ = stage_3(context, first_pass_again(loaded))
     assert apart(found) == dict.fromkeys(ids(*DOWNSTREAM), FAIL)
     for name in ("embedding", "tokens"):
-        assert found[f"outputs.{name}"].problem.startswith("batch 1: collapsed: all values of an image are equal; batch 3: ")
+        assert found[f"outputs.{name}"].problem.startswith(
+            "batch 1: collapsed: all values of an image are equal; batch 3: "
+        )
     assert "batch 3: different images give the same output" in found["outputs.logits"].problem
 
 
@@ -368,7 +380,9 @@ def test_outputs_of_another_shape_fail(run):
     alter(loaded, "head", lambda x: x[:, 1:])
     found, _ = stage_3(context, first_pass_again(loaded))
     assert apart(found) == {"outputs.logits": FAIL}
-    assert found["outputs.logits"].problem.startswith("batch 1: 999 float32 for an image, on the CPU 1000 float32; batch 3")
+    assert found["outputs.logits"].problem.startswith(
+        "batch 1: 999 float32 for an image, on the CPU 1000 float32; batch 3"
+    )
 
 
 def test_a_batch_without_memory_for_its_second_run_is_a_warning_and_the_others_are_judged():
@@ -456,7 +470,8 @@ def test_timed_outputs_are_judged_by_the_limit_of_their_mode(mode, found, outcom
     eager = timings(v.MODES[mode.base]) if mode.graph else []
     *_, entry = v.judge_timed_outputs([*eager, *altered], checked)
     assert (entry.id, entry.mark) == (f"throughput.outputs.{mode.name}", outcome)
-    what = f"{altered[i if found is not EQUAL else 0].batch} against {f'{mode.base} without graph' if mode.graph else 'stage 3'}"
+    reference = f"{mode.base} without graph" if mode.graph else "stage 3"
+    what = f"{altered[i if found is not EQUAL else 0].batch} against {reference}"
     assert entry.text.startswith(f"{what}: error {found.error:.1e}, limit ")
     limit = tolerances[mode.base].limit(outcome)
     assert entry.text.endswith(f", limit {limit:.1e}, used {v.used_text(found.error, limit)}")
@@ -598,7 +613,11 @@ ONE_ROW = np.vstack([np.ones((1, 8)), np.ones((1, 8)) * 1.1])
         ([CORRECT, CORRECT * math.nan, CORRECT], FAIL, "rank 1 of 3 differs from the others: "),
         ([CORRECT * math.nan, CORRECT * math.nan, CORRECT], FAIL, "rank 2 of 3 differs"),
         ([CORRECT, ROUNDED, CORRECT], WARN, "rank 1 of 3 differs from the others: "),
-        ([CORRECT, ROUNDED, INCORRECT, CORRECT, CORRECT], FAIL, "rank 1, 2 of 5 differs from the others: error 1.0e-01 > "),
+        (
+            [CORRECT, ROUNDED, INCORRECT, CORRECT, CORRECT],
+            FAIL,
+            "rank 1, 2 of 5 differs from the others: error 1.0e-01 > ",
+        ),
         ([CORRECT, INCORRECT], FAIL, "rank 1 of 2 differs from the others (no majority: see the precision of each): "),
     ],
 )

@@ -97,7 +97,9 @@ def test_nan_and_inf_equal_nothing_not_even_themselves_and_are_counted_on_both_s
     assert (found.row_index, found.element_index) == ((1,), (1, 1))
     assert np.array_equal(found.values, (actual[1, 1], reference[1, 1]), equal_nan=True)
     count = [int(math.isnan(value)), int(math.isinf(value))]
-    assert [*found.nonfinite] == count * (sides != "reference") + [0, 0] * (sides != "both") + count * (sides != "device")
+    assert [*found.nonfinite] == count * (sides != "reference") + [0, 0] * (sides != "both") + count * (
+        sides != "device"
+    )
     assert v.Tolerance(1e9, 1e9).mark(found.error) == v.Tolerance(math.inf, math.inf).mark(found.error) == FAIL
 
 
@@ -183,7 +185,9 @@ def test_what_must_be_bit_identical_passes_only_then():
 
 def test_a_check_has_the_figures_of_its_row_and_the_details_of_a_bug_report():
     found = changed(scale_a_token)
-    entry = v.comparison("precision.tokens.float32", found, LIMITS, "look", v.PRECISION, (1e-3, 2e-4, 3e-6), what="batch size 4")
+    entry = v.comparison(
+        "precision.tokens.float32", found, LIMITS, "look", v.PRECISION, (1e-3, 2e-4, 3e-6), what="batch size 4"
+    )
     assert (entry.mark, entry.id, entry.advice, entry.numeric) == (FAIL, "precision.tokens.float32", "look", True)
     shown = cells(v.PRECISION, entry)
     assert [shown[name] for name in ("err_fp64", "expected", "cpu_err", "max_row", "limit")] == [

@@ -1,4 +1,4 @@
-"""Stage 4: is float32 correct, and does it cost what is expected? An incorrect module is named, and nothing stays altered."""
+"""Stage 4: is float32 correct, and does it cost what is expected? An incorrect module is named."""
 
 import copy
 import dataclasses
@@ -100,7 +100,13 @@ def both_changed(change, *arguments):
     [
         (lambda model: None, "float32", PASS, "", ""),
         (lose_digits, "float32", WARN, "not judged: the float32 error of the CPU is ", "use weights for which"),
-        (overflow_in_float16, "amp-float16", WARN, "not judged: it overflows in float16 on the CPU as well", "use bfloat16"),
+        (
+            overflow_in_float16,
+            "amp-float16",
+            WARN,
+            "not judged: it overflows in float16 on the CPU as well",
+            "use bfloat16",
+        ),
     ],
     ids=["judged", "loses digits", "overflows in float16"],
 )
@@ -311,14 +317,16 @@ def test_a_healthy_device_with_reduced_precision_passes_both_comparisons(monkeyp
         "precision.modules", "precision.modules.float32", "precision.control"
     }  # fmt: skip
     shown = cells(v.MODULES, found["precision.modules.float32"])
-    assert (shown["count"], shown["worst"]) == ("1", "patch_embed.proj"), "only modules with a product of a reduced kind"
+    assert (shown["count"], shown["worst"]) == ("1", "patch_embed.proj"), (
+        "only modules with a product of a reduced kind"
+    )
     assert device.switches == (True, False)
 
 
 def test_strict_rows_have_no_expected_cost_and_rows_of_float32_have(monkeypatch):
     found = checks(Accelerator(monkeypatch).stage_4())
-    strict, default = ({name: float(cell.rstrip("%")) for name, cell in cells(v.PRECISION, found[f"precision.tokens.{mode}"]).items()}
-                       for mode in ("strict", "float32"))  # fmt: skip
+    shown = [cells(v.PRECISION, found[f"precision.tokens.{mode}"]) for mode in ("strict", "float32")]
+    strict, default = ({name: float(cell.rstrip("%")) for name, cell in row.items()} for row in shown)
     assert strict["expected"] == 0 and strict["max_row"] < 2e-6 < strict["limit"] < 1e-4
     assert 1e-5 < default["max_row"] < 1.3 * default["expected"] < default["limit"]
 
@@ -411,7 +419,10 @@ def test_products_in_fewer_bits_than_documented_are_compared_with_what_10_bits_c
     entries = device.stage_4()
     assert of_mode(checks(entries), "strict") >= {WARN} and FAIL not in of_mode(checks(entries), "strict")
     (fact,) = (entry.text for entry in entries if entry.id == "precision.fewer_bits")
-    assert fact.startswith("the error of logits in strict mode is ") and "; rounding all operands to 10 bits costs " in fact
+    assert (
+        fact.startswith("the error of logits in strict mode is ")
+        and "; rounding all operands to 10 bits costs " in fact
+    )
 
 
 def test_hf32_costs_what_rounding_all_products_does_and_its_modules_run_again(monkeypatch):
@@ -498,7 +509,13 @@ def test_modules_that_ran_in_reduced_precision_have_a_row_for_each_mode():
 
 
 def test_only_kinds_that_are_out_of_tolerance_have_a_row_and_the_worst_is_named():
-    modules = [module(0, "a"), module(3e-4, "b"), module(2e-2, "c"), module(2e-2, "d", kind="Block"), module(0, "e", kind="Mlp")]
+    modules = [
+        module(0, "a"),
+        module(3e-4, "b"),
+        module(2e-2, "c"),
+        module(2e-2, "d", kind="Block"),
+        module(0, "e", kind="Mlp"),
+    ]
     found = checks(v.judge_modules(modules))
     assert {id: entry.mark for id, entry in found.items()} == {
         "precision.module.Linear": FAIL,
@@ -549,7 +566,11 @@ def test_a_control_that_is_not_detected_fails(run):
     (proj,) = (m for m in v.compare_modules(context, loaded, v.Strict()) if m.name == "patch_embed.proj")
     alter(loaded, "patch_embed.proj", lambda x: loaded.cpu.patch_embed.proj.forward(loaded.references.inputs[: len(x)]))
     entry = control(context, loaded, [proj])
-    assert entry.mark == FAIL and entry.text.endswith("is not detected") and "cannot detect an error of 1 %" in entry.advice
+    assert (
+        entry.mark == FAIL
+        and entry.text.endswith("is not detected")
+        and "cannot detect an error of 1 %" in entry.advice
+    )
     assert same_weights(loaded)
 
 
@@ -563,10 +584,22 @@ def test_a_model_without_a_module_to_alter_has_no_control(run):
 @pytest.mark.parametrize(
     ("found", "mark", "text"),
     [
-        ([[0.9, 0.1, 0.0], [0.50, 0.51, 0.0]], PASS, "2 of 2 images agree with the CPU; smallest margin over the second 2.00e-02"),
+        (
+            [[0.9, 0.1, 0.0], [0.50, 0.51, 0.0]],
+            PASS,
+            "2 of 2 images agree with the CPU; smallest margin over the second 2.00e-02",
+        ),
         ([[0.8, 0.2, 0.0], [0.52, 0.50, 0.0]], PASS, "1 of 2 images agree with the CPU; "),
-        ([[0.1, 0.9, 0.0], [0.50, 0.51, 0.0]], FAIL, "1 of 2 images differ from the CPU by margins up to 8.0e-01, above the 5"),
-        ([[math.nan, 0.1, 0.0], [0.50, 0.51, 0.0]], FAIL, "1 of 2 images differ from the CPU by margins up to inf, above"),
+        (
+            [[0.1, 0.9, 0.0], [0.50, 0.51, 0.0]],
+            FAIL,
+            "1 of 2 images differ from the CPU by margins up to 8.0e-01, above the 5",
+        ),
+        (
+            [[math.nan, 0.1, 0.0], [0.50, 0.51, 0.0]],
+            FAIL,
+            "1 of 2 images differ from the CPU by margins up to inf, above",
+        ),
     ],
     ids=["equal", "within the margin", "beyond it", "NaN"],
 )
@@ -617,7 +650,9 @@ def test_the_published_check_has_the_figures_of_numpy(run):
     entries, _ = drain(v.precision_stage(context, loaded))
     (entry,) = (entry for entry in entries if entry.id == "precision.published")
     largest = np.abs(loaded.references.float32["embedding"]).max() * 1e-3
-    assert entry.mark == FACT and entry.text.startswith(f"embedding against CPU float32: max abs {largest:.2e} (expected ")
+    assert entry.mark == FACT and entry.text.startswith(
+        f"embedding against CPU float32: max abs {largest:.2e} (expected "
+    )
     assert "published limit 0.01), mean abs " in entry.text and ", rel L2 1.00e-03, cosine 1.0000000" in entry.text
 
 

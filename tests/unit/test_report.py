@@ -1,4 +1,4 @@
-"""The log: its lines can be read back, none is too long or broken, and its list of failures is enough for a bug report."""
+"""The log: it can be read back, no line is too long or broken, and its failures are enough for a bug report."""
 
 import math
 import random
@@ -69,7 +69,10 @@ def test_an_entry_begins_with_its_mark_and_id_and_continues_with_an_indent():
 
 @pytest.mark.parametrize("text", ["x" * 300, f"before {'x' * 300} behind", ""])
 def test_a_word_that_is_longer_than_a_line_and_an_id_that_is_longer_than_its_column_are_kept(text):
-    entries = [Entry(PASS, "stage.an_id_that_is_much_longer_than_its_column", "some text"), Entry(FAIL, "stage.id", text)]
+    entries = [
+        Entry(PASS, "stage.an_id_that_is_much_longer_than_its_column", "some text"),
+        Entry(FAIL, "stage.id", text),
+    ]
     assert read(entries).texts == {entry.id: entry.text for entry in entries}
 
 
@@ -145,7 +148,14 @@ def test_a_row_needs_a_cell_for_each_column():
 
 
 def test_numbers_are_printed_with_the_digits_of_their_column():
-    assert v.SPEED.row(1.234, 0, 1.0, 12345.6, 1.266, 0.125).split() == ["1.23", "0.00", "1.00", "1.235e+04", "1.266", "12%"]
+    assert v.SPEED.row(1.234, 0, 1.0, 12345.6, 1.266, 0.125).split() == [
+        "1.23",
+        "0.00",
+        "1.00",
+        "1.235e+04",
+        "1.266",
+        "12%",
+    ]
 
 
 # --- the whole log ----------------------------------------------------------------------------------------------------
@@ -159,7 +169,9 @@ def whole_log(report, path):
     def precision():
         yield from v.PRECISION.header()
         yield v.comparison("precision.tokens.float32", differs_by(1e-5), LIMITS, "", v.PRECISION, (1e-5, 0.0, 1e-6))
-        yield v.comparison("precision.logits.float32", differs_by(math.nan), LIMITS, "", v.PRECISION, (1e-5, None, 1e-6))
+        yield v.comparison(
+            "precision.logits.float32", differs_by(math.nan), LIMITS, "", v.PRECISION, (1e-5, None, 1e-6)
+        )
         yield v.PRECISION.note(SKIP, "precision.strict", "the device does not support it " * 9)
         yield v.PRECISION.legend("two words " * 30)
         yield Entry(SKIP, "precision.control", "there is none")
@@ -255,7 +267,10 @@ def test_stages_after_one_that_lost_the_device_are_skipped(report, monkeypatch):
     monkeypatch.setattr(v, "still_works", lambda device: False)
     report.run("outputs", stage())
     assert report.run("precision", iter([Entry(PASS, "precision.first", "done")])) is None
-    assert (report.checks[-1].mark, report.checks[-1].text) == (SKIP, "the device no longer works after the error above")
+    assert (report.checks[-1].mark, report.checks[-1].text) == (
+        SKIP,
+        "the device no longer works after the error above",
+    )
 
 
 def test_a_run_that_cannot_be_done_is_no_failed_check(report):
@@ -297,8 +312,16 @@ def test_without_failures_there_is_no_list(report):
 
 
 def test_what_failed_comes_before_what_warned_each_with_its_problem_and_next_step(report):
-    warned = Entry(WARN, "model.fallback", "text", problem="on the CPU: aten::foo " * 9, advice="can the model avoid it? " * 9)
-    report.add([warned, Entry(FAIL, "model.readback", "weights differ", advice="check the device"), Entry(FAIL, "stage.id", "x")])
+    warned = Entry(
+        WARN, "model.fallback", "text", problem="on the CPU: aten::foo " * 9, advice="can the model avoid it? " * 9
+    )
+    report.add(
+        [
+            warned,
+            Entry(FAIL, "model.readback", "weights differ", advice="check the device"),
+            Entry(FAIL, "stage.id", "x"),
+        ]
+    )
     assert blocks(report) == [
         "FAIL model.readback: weights differ next: check the device",
         "FAIL stage.id: x",
@@ -338,7 +361,9 @@ def test_an_error_of_stage_3_that_stage_4_does_not_find_is_transient(report):
     assert block.startswith("FAIL outputs.embedding: batch 3: 64 NaN and 0 Inf in 192 values, 0 on the CPU ")
     assert failed(report) == ["outputs.embedding", "outputs.logits"] and not checked.bad_modules
     assert "1 more check failed after it: outputs.logits" in block
-    assert block.endswith("next: stage 4 found no cause, the error did not come back: it is transient; repeat with --duration 600")
+    assert block.endswith(
+        "next: stage 4 found no cause, the error did not come back: it is transient; repeat with --duration 600"
+    )
 
 
 def test_an_error_outside_the_modules_says_where_to_look(report):
@@ -357,7 +382,9 @@ def test_an_incorrect_product_of_stage_1_is_the_cause_of_what_follows(report):
                 v.comparison("outputs.logits", differs_by(1), LIMITS), Entry(FAIL, "devices.1", "no answer"),
                 v.comparison("precision.logits.float32", differs_by(2e-3), LIMITS)])  # fmt: skip
     cause, other = blocks(report)
-    assert cause.startswith("FAIL device.matmul: error 1.0e+00 > limit 1.0e-02 WARN above 1.0e-03, FAIL above 1.0e-02; ")
+    assert cause.startswith(
+        "FAIL device.matmul: error 1.0e+00 > limit 1.0e-02 WARN above 1.0e-03, FAIL above 1.0e-02; "
+    )
     assert "worst row: image 0; worst element (0, 0): device 2, reference 1 " in cause
     assert cause.endswith(
         "1 more check failed after it: outputs.logits 1 more check warned after it: precision.logits.float32"
@@ -423,8 +450,14 @@ def test_bytes_of_a_file_name_that_are_no_utf_8_are_printed_escaped():
             "error code is 507015\nEZ9999: Inner Error!\nEZ9999: [PID: 12] 2026-11-25-10:00:00.123.456 vector error, core 0",
             "an AI Core failed: see ~/ascend/log for the operator (EZ9999: vector error, core 0)",
         ),
-        ("error code is 507054\nHBM MULTI BIT ECC ERROR", "the device memory is broken: take it out of use (HBM MULTI BIT"),
-        ("aclnnCast: error code is 161002\nEZ1001: dtype not supported", "aclnnCast: error code 161002, the operator does"),
+        (
+            "error code is 507054\nHBM MULTI BIT ECC ERROR",
+            "the device memory is broken: take it out of use (HBM MULTI BIT",
+        ),
+        (
+            "aclnnCast: error code is 161002\nEZ1001: dtype not supported",
+            "aclnnCast: error code 161002, the operator does",
+        ),
         ("error code is 561112", "CANN's kernel package for this chip is not installed"),
         ("error code is 207018\nEL0004: Failed to allocate memory", "out of device memory: use smaller --batch-sizes"),
         ("error code is 500001", "CANN's compiler failed: its Python packages"),
@@ -470,9 +503,7 @@ def test_a_log_that_cannot_be_written_to_its_end_leaves_the_old_one(report, tmp_
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # as if the disk were full
     try:
-        with pytest.raises(
-            v.CannotRun, match="the log cannot be written to .*log.txt: File too large; it is on std"
-        ):
+        with pytest.raises(v.CannotRun, match="the log cannot be written to .*log.txt: File too large; it is on std"):
             report.write()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -1,4 +1,4 @@
-"""No limit can be loosened unnoticed: each decides a case whose outcome is another one if the limit is 100 times larger.
+"""No limit can be loosened unnoticed: each decides a case whose outcome changes if the limit is 100 times larger.
 
 The cases are absolute errors, and the expected outcomes are those of the present limits.
 """

@@ -38,7 +38,9 @@ def test_the_memory_that_is_left_is_that_of_the_system_or_of_the_limit_of_the_co
     fits = 10**9 if left is None else left // 12
     v.check_memory(new_context(meta_model=torch.nn.Linear(fits, 1, bias=False, device="meta")), tmp_path)
     if left is not None:
-        with pytest.raises(v.CannotRun, match=" of host memory .12 bytes a parameter., and 0.0 GiB are available in this"):
+        with pytest.raises(
+            v.CannotRun, match=" of host memory .12 bytes a parameter., and 0.0 GiB are available in this"
+        ):
             v.check_memory(new_context(meta_model=torch.nn.Linear(fits + 1, 1, bias=False, device="meta")), tmp_path)
 
 
@@ -120,7 +122,9 @@ def test_masks_and_indices_are_no_quantised_weights():
 
 
 def test_rope_periods_are_rounded_to_bfloat16_and_kept_in_float32():
-    plain, rounded = (v.load_model(new_context("--model", "test_dinov3", *more).options)[0] for more in ((), ("--rope-bf16",)))
+    plain, rounded = (
+        v.load_model(new_context("--model", "test_dinov3", *more).options)[0] for more in ((), ("--rope-bf16",))
+    )
     before, after = plain.rope.periods, rounded.rope.periods
     assert after.dtype == torch.float32 and torch.equal(after, before.bfloat16().float())
     assert not torch.equal(after, before)
@@ -210,8 +214,16 @@ def test_images_of_every_kind_are_read(tmp_path, name, mode, how):
 @pytest.mark.parametrize(
     ("name", "mode", "message"),
     [
-        ("a.png", "I;16", "cannot be read: ValueError: it has values from 0 to 65280, which become black or white in 8 bits"),
-        ("a.tif", "I", "cannot be read: ValueError: it has values from 70000 to 70255, which become black or white in 8 bits"),
+        (
+            "a.png",
+            "I;16",
+            "cannot be read: ValueError: it has values from 0 to 65280, which become black or white in 8 bits",
+        ),
+        (
+            "a.tif",
+            "I",
+            "cannot be read: ValueError: it has values from 70000 to 70255, which become black or white in 8 bits",
+        ),
         ("a.tif", "F", "cannot be read: ValueError: it has values from 0 to 1, which become black or white in 8 bits"),
         ("cut.webp", "RGB", "cannot be read"),
         ("cut.avif", "RGB", "cannot be read"),
@@ -293,7 +305,11 @@ def test_feature_maps_of_the_device_are_computed_on_it():
     before = v.forward_outputs(loaded.device, loaded.inputs, loaded.maps)
     loaded.device.blocks[-1].mlp.fc2.weight.data *= 1.1
     after = v.forward_outputs(loaded.device, loaded.inputs, loaded.maps)
-    assert [np.array_equal(before[f"feature_map.{i}"], after[f"feature_map.{i}"]) for i in (1, 2, 3)] == [True, True, False]
+    assert [np.array_equal(before[f"feature_map.{i}"], after[f"feature_map.{i}"]) for i in (1, 2, 3)] == [
+        True,
+        True,
+        False,
+    ]
     on_cpu = v.forward_outputs(loaded.cpu, loaded.inputs, loaded.maps)
     assert all(np.array_equal(before[key], output) for key, output in on_cpu.items())
 
