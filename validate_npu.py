@@ -739,8 +739,9 @@ def load_images(given: list[str], config: dict) -> Iterator[tuple[str, torch.Ten
     for path in tqdm(paths, desc="images", leave=False, disable=True if len(paths) < 16 else None):
         try:
             image = Image.open(path)
-            if image.mode[0] in "IF" and image.getextrema()[1] > 255:
-                raise ValueError("16 bits or floats, which become white in 8 bits")
+            low, high = image.getextrema() if image.mode[0] in "IF" else (0, 255)
+            if not (low >= 0 and 1 < high <= 255):
+                raise ValueError(f"it has values from {low:g} to {high:g}, which become black or white in 8 bits")
             yield os.path.basename(path), transform(image.convert(IMAGE_MODES[channels]))
         except Exception as error:  # each of Pillow's readers has its own
             raise CannotRun(f"the image {path} cannot be read: {describe(error)}") from error
@@ -2080,6 +2081,8 @@ class Log:
             match = LINE.fullmatch(line)
             if match is None and last and line[1:INDENT].isspace():  # the continuation of a line
                 self.texts[last] += f" {line[1:].strip()}"
+                if last in self.rows:
+                    self.rows[last].update(zip(columns, self.texts[last].split()))
                 continue
             if match is None:  # a title, or the legend of a table
                 columns, last = [], ""
@@ -2865,7 +2868,9 @@ class Table:
         text, width = self.row(*cells), max(self.width, len(id)) + 6
         if len(text) + width > WIDTH:
             last = str(cells[-1])
-            text = f"{text[: -len(last)]}..{last[len(text) + width + 2 - WIDTH:]}"
+            is_name = self.columns[-1][1].startswith("<")  # else a number is wider than its column
+            shorter = f"{text[: -len(last)]}..{last[len(text) + width + 2 - WIDTH:]}"
+            text = shorter if is_name else " ".join(text.split())
         return Entry(mark, id, text, width=self.width, **more)
 
 

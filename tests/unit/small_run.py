@@ -1,11 +1,13 @@
-"""Runs of the script's stages in the test's own process, on the CPU, with a device copy that a test may tamper with.
+"""Stages of the script in the test's process, on the CPU, with a device copy that a test may tamper with.
 
-run = after_model_stage("--batch-sizes", "1", "2")
-alter(run, "head", lambda logits: 1.1 * logits)
-assert not_passed(v.outputs_stage(run)) == {...}
+context, loaded = after_model_stage("--batch-sizes", "1", "2")
+alter(loaded, "head", lambda logits: 1.1 * logits)
+entries, outputs = drain(v.outputs_stage(context, loaded))
+assert not_passed(entries) == {"outputs.logits": FAIL}
 """
 
 import copy
+import dataclasses
 import functools
 
 import with_test_models  # noqa: F401  registers test_dinov3 and test_tiny_vit
@@ -14,52 +16,80 @@ from conftest import REHEARSAL
 import validate_npu as v
 
 CPU = v.torch.device("cpu")
-v.torch.set_num_threads(1)  # two tests run side by side: with more, each waits for the other's
+v.torch.set_num_threads(1)  # tests run side by side: with more threads each waits for the others
 
 
-def new_run(*arguments, documented=None):
-    """A rehearsal that has not begun. A later option replaces one of REHEARSAL."""
-    options = v.parse_arguments([*REHEARSAL, *map(str, arguments)])
-    report, cards = v.Report(quiet=True), v.Cards()
-    report.timeout = options.timeout
-    cards.connect(report, 60)
-    return v.Run(options, report, cards, CPU, documented or v.fp32_arithmetic(CPU))
+def new_context(*arguments, **changes):
+    """A dry run before stage 1. A later option replaces one of REHEARSAL. changes: of fields of the Context."""
+    options, ranks, report = v.parse_arguments([*REHEARSAL, *map(str, arguments)]), v.Ranks(), v.Report(quiet=True)
+    ranks.connect(report, 60)
+    context = v.make_context(options, CPU, ranks, report)
+    return dataclasses.replace(context, report_progress=lambda seconds=0.0: None, **changes)
+
+
+def drain(stage):
+    """The entries that a stage yields, and the result that it returns."""
+    entries = []
+    while True:
+        try:
+            entries.append(next(stage))
+        except StopIteration as done:
+            return entries, done.value
 
 
 @functools.cache
 def model_stage_done(*arguments):
-    run = new_run(*arguments)
-    assert not not_passed(v.model_stage(run))
-    return run
+    context = new_context(*arguments)
+    _, probe = drain(v.device_stage(context))
+    entries, loaded = drain(v.model_stage(context, probe))
+    assert not not_passed(entries)
+    return context, loaded
 
 
 def after_model_stage(*arguments):
-    """A run after stage 2, with a device copy that no other test has."""
-    done = model_stage_done(*arguments)
-    run = new_run(*arguments)
-    run.model = v.Twin(done.model.cpu, copy.deepcopy(done.model.device))
-    run.probe, run.maps, run.references = done.probe, done.maps, done.references
-    run.images, run.outputs = done.images, done.outputs
-    run.pictures, run.picture_count = done.pictures, done.picture_count
-    run.first = {name: output.copy() for name, output in done.first.items()}
-    return run
+    """A Context, and a Loaded with a device copy that no other test has."""
+    context, loaded = model_stage_done(*arguments)
+    first = {name: output.copy() for name, output in loaded.first.items()}
+    return context, loaded._replace(device=copy.deepcopy(loaded.device), first=first)
 
 
-def alter(run, module, change):
+def alter(loaded, module, change):
     """The device's module of this name ("": the whole model) computes change(output) from now on."""
-    run.model.device.get_submodule(module).register_forward_hook(lambda module, inputs, output: change(output))
+    loaded.device.get_submodule(module).register_forward_hook(lambda module, inputs, output: change(output))
 
 
-def first_call(run):
-    """The first forward pass again: by a device that was altered before it."""
-    run.first = v.forward_outputs(run.model.device, run.images[:1])
+def first_pass_again(loaded):
+    """The same with the first forward pass of a device that was altered before it."""
+    return loaded._replace(first=v.forward_outputs(loaded.device, loaded.inputs[:1]))
+
+
+def with_references(context, loaded, **changes):
+    """The same with references for changed fields, such as another probe or CPU model."""
+    loaded = loaded._replace(**changes)
+    inputs = v.precision_inputs(context, loaded.inputs, loaded.images)
+    return loaded._replace(references=v.make_references(context, loaded.probe, loaded.cpu, loaded.maps, inputs))
 
 
 def checks(entries):
-    """(name, first cell of the row) -> entry, of those that judge something."""
-    return {(e.name, *v.Table.split(e.text)[:1]): e for e in entries if e.mark in v.OUTCOMES}
+    """id -> entry, of those that judge something."""
+    return {entry.id: entry for entry in entries if entry.mark in v.OUTCOMES}
+
+
+def marks(entries, start=""):
+    """id -> outcome, of the checks whose id starts with this."""
+    return {id: entry.mark for id, entry in checks(entries).items() if id.startswith(start)}
 
 
 def not_passed(entries):
-    """(name, first cell of the row) -> WARN or FAIL."""
-    return {key: entry.mark for key, entry in checks(entries).items() if entry.mark in (v.WARN, v.FAIL)}
+    """id -> WARN or FAIL."""
+    return {id: mark for id, mark in marks(entries).items() if mark in (v.WARN, v.FAIL)}
+
+
+def cells(table, entry):
+    """The cells of a row by column."""
+    return dict(zip((name for name, _ in table.columns), entry.text.split(), strict=True))
+
+
+def differs_by(error):
+    """A Difference in which every row and element has this relative error."""
+    return v.compare(v.np.ones((2, 8)) * (1 + error), v.np.ones((2, 8)))

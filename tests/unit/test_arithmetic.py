@@ -1,14 +1,14 @@
-"""The device's arithmetic: it is recognised, emulated on the CPU, and limits follow from what it costs."""
+"""Emulated precision: the rounding of a device is identified, reproduced on the CPU, and its cost sets limits."""
 
 import math
 
 import pytest
-from small_run import CPU, after_model_stage, new_run
+from small_run import CPU, after_model_stage, new_context, with_references
 
 import validate_npu as v
 
 torch = v.torch
-KNOWN = [*v.ARITHMETICS, v.FLOAT16]
+KNOWN = [*v.KNOWN_PRECISIONS, v.FLOAT16]
 
 
 # --- rounding ---------------------------------------------------------------------------------------------------------
@@ -34,27 +34,27 @@ UNIT = 2.0**-11
     ],
 )
 def test_an_operand_is_rounded_to_the_bits_that_are_kept(dtype, rounding, value, expected):
-    rounded = v.Arithmetic(11, rounding, "HF32").round(torch.tensor([value], dtype=dtype))
+    rounded = v.Fp32Precision(11, rounding, "HF32").round(torch.tensor([value], dtype=dtype))
     assert rounded.dtype == dtype and rounded.item() == expected
 
 
-def test_what_has_no_more_bits_stays_as_it_is():
+def test_operands_that_have_no_more_bits_are_unchanged():
     x = torch.randn(100, generator=torch.Generator().manual_seed(0))
     assert torch.equal(v.EXACT.round(x), x)
     assert torch.equal(v.FLOAT16.round(x), x.half().float())
-    assert v.Arithmetic(10, "truncated", "HF32").round(x.bfloat16()).dtype == torch.bfloat16
+    assert v.Fp32Precision(10, "truncated", "HF32").round(x.bfloat16()).dtype == torch.bfloat16
 
 
-# --- recognition ------------------------------------------------------------------------------------------------------
+# --- identification ---------------------------------------------------------------------------------------------------
 
 
-def device_with(arithmetic, spoil=lambda output: output):
-    """A matrix product as a device computes it: of fp32. What the reference asks for is in fp64, and plain."""
+def device_with(precision, spoil=lambda output: output):
+    """A matrix product in float32 as a device computes it. In float64, for the reference, it is exact."""
 
     def product(a, b):
         if a.dtype == torch.float64:
             return a @ b
-        rounded = (arithmetic.round(x) for x in (a, b))
+        rounded = (precision.round(x) for x in (a, b))
         return spoil(torch.mm(*(x.double() for x in rounded)).float())
 
     return product
@@ -63,13 +63,16 @@ def device_with(arithmetic, spoil=lambda output: output):
 def operands():
     """Of 13 bits, so that ties are frequent, as probe_device draws them."""
     generator = torch.Generator().manual_seed(0)
-    return [v.Arithmetic(13, "truncated").round(torch.randn(shape, generator=generator)) for shape in ((64, 96), (96, 32))]
+    return [
+        v.Fp32Precision(13, "truncated").round(torch.randn(shape, generator=generator))
+        for shape in ((64, 96), (96, 32))
+    ]
 
 
-@pytest.mark.parametrize("arithmetic", KNOWN, ids=lambda a: f"{a.name or 'fp32'} {a.bits} {a.rounding}")
-def test_each_known_arithmetic_is_recognised(arithmetic):
-    recognised, difference = v.recognise(device_with(arithmetic), operands(), CPU)
-    assert recognised == arithmetic and difference.rel_l2 < 1e-6
+@pytest.mark.parametrize("precision", KNOWN, ids=lambda precision: precision.name)
+def test_each_known_precision_is_identified(precision):
+    identified, found = v.identify(device_with(precision), operands(), CPU)
+    assert identified == precision and found.rel_l2 < 1e-6
 
 
 def noise(output):
@@ -77,7 +80,7 @@ def noise(output):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "recognised"),
+    ("spoil", "identified"),
     [
         (noise, True),  # kernels differ in their last bits
         (lambda output: output * 1.01, False),
@@ -85,24 +88,24 @@ def noise(output):
         (lambda output: output * math.nan, False),
     ],
 )
-def test_an_unknown_arithmetic_is_not_recognised_and_its_distance_from_fp64_is_returned(spoil, recognised):
-    product = device_with(v.ARITHMETICS[1], spoil)
-    arithmetic, difference = v.recognise(product, operands(), CPU)
-    assert arithmetic == (v.ARITHMETICS[1] if recognised else None)
-    if not recognised:
+def test_an_unknown_precision_is_not_identified_and_its_error_against_float64_is_returned(spoil, identified):
+    product = device_with(v.KNOWN_PRECISIONS[1], spoil)
+    precision, found = v.identify(product, operands(), CPU)
+    assert precision == (v.KNOWN_PRECISIONS[1] if identified else None)
+    if not identified:
         exact = torch.mm(*(x.double() for x in operands())).reshape(1, -1).numpy()
-        assert difference == v.compare(product(*operands()).reshape(1, -1).numpy(), exact) or difference.rel_l2 == math.inf
+        assert found == v.compare(product(*operands()).reshape(1, -1).numpy(), exact) or found.rel_l2 == math.inf
 
 
-def test_a_cpu_computes_products_in_23_bits_and_gelu_as_asked():
-    probe = v.probe_device(new_run())
-    assert {kind: arithmetic for kind, (arithmetic, _) in probe.products.items()} == dict.fromkeys(v.PROBES, v.EXACT)
-    assert probe.gelu == {"none": "none", "tanh": "tanh"} and max(probe.gelu_errors.values()) < 1e-6
-    assert str(probe) == "matmul 23 bits, convolution 23 bits, GELU as asked"
+def test_a_cpu_computes_products_in_float32_and_gelu_in_the_requested_form():
+    probe = v.probe_device(new_context())
+    assert {kind: precision for kind, (precision, _) in probe.products.items()} == dict.fromkeys(v.PROBES, v.EXACT)
+    assert probe.gelu == {"none": "none", "tanh": "tanh"} and probe.gelu_error < 1e-6
+    assert str(probe) == "matmul float32, convolution float32, GELU in the requested form"
 
 
 def test_kinds_of_products_that_the_model_lacks_are_not_probed():
-    assert list(v.probe_device(new_run("--model", "test_vit_without_convolution")).products) == ["matmul"]
+    assert list(v.probe_device(new_context("--model", "test_vit_without_convolution")).products) == ["matmul"]
 
 
 class GeluOf(torch.overrides.TorchFunctionMode):
@@ -121,28 +124,37 @@ class GeluOf(torch.overrides.TorchFunctionMode):
 ALWAYS_TANH = {"none": "tanh", "tanh": "tanh"}
 
 
+def gelu_with_nan(x):
+    return torch.ops.aten.gelu(x).index_fill(0, torch.tensor([7]), math.nan)
+
+
 @pytest.mark.parametrize(
     ("gelu", "form", "text"),
     [
-        (lambda x: torch.ops.aten.gelu(x, approximate="tanh"), ALWAYS_TANH, "GELU tanh"),
-        (lambda x: torch.ops.aten.gelu(x), {"none": "none", "tanh": "none"}, "GELU erf"),
-        (lambda x: torch.ops.aten.gelu(x) + 0.01, {"none": "none", "tanh": "tanh"}, "GELU not recognised (off by 1.0e-02)"),
+        (lambda x: torch.ops.aten.gelu(x, approximate="tanh"), ALWAYS_TANH, "GELU in the tanh form"),
+        (lambda x: torch.ops.aten.gelu(x), {"none": "none", "tanh": "none"}, "GELU in the erf form"),
+        (
+            lambda x: torch.ops.aten.gelu(x) + 0.01,
+            {"none": "none", "tanh": "tanh"},
+            "GELU in neither erf nor tanh (differs by 1.0e-02)",
+        ),
+        (gelu_with_nan, {"none": "none", "tanh": "tanh"}, "GELU in neither erf nor tanh (differs by nan)"),
     ],
-    ids=["tanh", "erf", "neither"],
+    ids=["tanh", "erf", "neither", "a NaN"],
 )
-def test_the_form_of_gelu_is_recognised(gelu, form, text):
+def test_the_form_of_gelu_is_identified(gelu, form, text):
     with GeluOf(gelu):
-        probe = v.probe_device(new_run())
+        probe = v.probe_device(new_context())
     assert probe.gelu == form and str(probe).endswith(text)
 
 
-HF32, HF32_10 = v.Arithmetic(11, "half away", "HF32"), v.Arithmetic(10, "truncated", "HF32 or TF32")
+HF32, HF32_10 = v.Fp32Precision(11, "half away", "HF32"), v.Fp32Precision(10, "truncated", "HF32/TF32")
 
 
 @pytest.mark.parametrize(
     ("documented", "found", "expected"),
     [
-        ("float32", HF32, None),  # unasked: it costs nothing that is excused
+        ("float32", HF32, None),  # not documented: it is no expected cost
         ("float32", v.EXACT, None),
         ("HF32", HF32, HF32),
         ("HF32", HF32_10, HF32_10),
@@ -154,13 +166,13 @@ HF32, HF32_10 = v.Arithmetic(11, "half away", "HF32"), v.Arithmetic(10, "truncat
         ("float16", HF32, v.DOCUMENTED["float16"]),
     ],
 )
-def test_the_rounding_is_the_probed_one_where_the_kind_is_documented_to_be_rounded(documented, found, expected):
-    probe = v.Probe({"matmul": (found, None)}, {}, {})
+def test_the_rounding_is_the_measured_one_if_the_kind_is_documented_to_be_rounded(documented, found, expected):
+    probe = v.Probe({"matmul": (found, None)}, {}, 0.0)
     assert probe.rounding({"matmul": documented}).get("matmul") == expected
 
 
 def test_a_kind_that_was_not_probed_is_rounded_as_documented():
-    assert v.Probe({}, {}, {}).rounding({"convolution": "HF32"}) == {"convolution": v.DOCUMENTED["HF32"]}
+    assert v.Probe({}, {}, 0.0).rounding({"convolution": "HF32"}) == {"convolution": v.DOCUMENTED["HF32"]}
 
 
 # --- emulation on the CPU ---------------------------------------------------------------------------------------------
@@ -223,7 +235,7 @@ def test_attention_is_rounded_inside_its_fused_operator():
     assert seen.products == {"matmul": 2}
 
 
-def test_attention_keeps_its_fused_kernel_where_matrix_products_are_not_rounded():
+def test_attention_keeps_its_fused_kernel_if_matrix_products_are_not_rounded():
     q = MATRIX.double()
     with torch.inference_mode(), v.emulated_precision({"convolution": HF32}) as seen:
         emulated = functional.scaled_dot_product_attention(q, q, q)
@@ -231,16 +243,18 @@ def test_attention_keeps_its_fused_kernel_where_matrix_products_are_not_rounded(
 
 
 @pytest.mark.parametrize("layer", [torch.nn.GELU(), functional.gelu, torch.nn.GELU(approximate="tanh")])
-def test_gelu_takes_the_devices_form(layer):
+def test_gelu_is_computed_in_the_form_of_the_device(layer):
     x = torch.linspace(-3, 3, 7)
     with torch.inference_mode(), v.emulated_precision(gelu=ALWAYS_TANH) as seen:
         assert torch.equal(layer(x), functional.gelu(x, approximate="tanh"))
-    assert seen.gelus == (getattr(layer, "approximate", "none") == "none"), "those that are as asked are not counted"
+    assert seen.gelus == (getattr(layer, "approximate", "none") == "none"), (
+        "those in the requested form are not counted"
+    )
 
 
 @pytest.mark.parametrize("mode", ["nearest", "nearest-exact", "bilinear", "bicubic"])
-def test_interpolation_gives_the_same_bits_although_layers_are_opened(mode):
-    """The first call of a rehearsal is made in the context, and is to be equal to a later one."""
+def test_interpolation_gives_the_same_bits_although_layers_are_decomposed(mode):
+    """The first forward pass on an NPU is made in the context, and must equal a later one."""
     with torch.inference_mode():
         expected = functional.interpolate(IMAGES, size=(11, 13), mode=mode)
         with v.emulated_precision():
@@ -262,27 +276,29 @@ ERF = {"none": "none", "tanh": "tanh"}
 
 def references(documented, gelu=ERF, model="test_vit"):
     """Of a device that is documented, and found, to round convolutions or matrix products so."""
-    run = after_model_stage("--model", model)
-    run.documented = dict.fromkeys(v.PROBES, "float32") | documented
-    run.probe = v.Probe({}, gelu, {})
-    return v.reference_outputs(run, run.images)
+    context, loaded = after_model_stage("--model", model)
+    context = new_context("--model", model, documented=dict.fromkeys(v.PROBES, "float32") | documented)
+    return with_references(context, loaded, probe=v.Probe({}, gelu, 0.0)).references
 
 
 @pytest.mark.parametrize(
     ("documented", "gelu", "same"),
     [
-        ({}, ERF, {"exact": "expected", "reduced": "expected"}),
-        ({}, ALWAYS_TANH, {"reduced": "expected"}),
-        ({"convolution": "HF32"}, ERF, {"exact": "expected"}),
-        ({"convolution": "HF32"}, ALWAYS_TANH, {}),
+        ({}, ERF, {"exact", "reduced"}),
+        ({}, ALWAYS_TANH, {"reduced"}),
+        ({"convolution": "HF32"}, ERF, {"exact"}),
+        ({"convolution": "HF32"}, ALWAYS_TANH, set()),
     ],
 )
 def test_the_cost_is_attributed_to_gelu_first_then_to_the_reduced_precision(documented, gelu, same):
     found = references(documented, gelu)
-    equal = {a: b for a, b in (("exact", "expected"), ("reduced", "expected")) if getattr(found, a) is getattr(found, b)}
-    assert equal == same, "and no pass is made twice"
+    assert {name for name in ("exact", "reduced") if getattr(found, name) is found.expected} == same, (
+        "no pass is made twice"
+    )
     assert (found.costs["embedding"] > 1e-5) == bool(documented)
-    assert all(0 < error < 2e-6 for error in found.errors.values()), "e is the CPU's own, against fp64 without any"
+    assert all(0 < error < 2e-6 for error in found.errors.values()), (
+        "e is the error of the CPU in float32, without GELU"
+    )
 
 
 def test_rounding_both_kinds_costs_more_than_one():
@@ -296,11 +312,19 @@ def test_a_documented_precision_of_products_that_the_model_lacks_costs_nothing()
     assert set(found.costs.values()) == {0.0} and found.reduced is found.expected
 
 
-def test_a_model_in_which_no_product_is_seen_is_an_error(monkeypatch):
-    run = after_model_stage()
-    monkeypatch.setattr(v, "fp64_outputs", lambda run, images: {"embedding": v.np.ones((1, 8))})
-    with pytest.raises(RuntimeError, match="^no convolution or matrix product of this model was seen"):
-        v.reference_outputs(run, run.images)
+def test_a_model_in_which_no_product_is_intercepted_is_an_error(monkeypatch):
+    context, loaded = after_model_stage()
+    monkeypatch.setattr(v, "float64_outputs", lambda cpu, inputs, maps: {"embedding": v.np.ones((1, 8))})
+    with pytest.raises(RuntimeError, match="^no matmul or convolution of this model was intercepted"):
+        with_references(context, loaded)
+
+
+def test_the_inputs_are_seeded_ones_then_the_first_images():
+    context, loaded = after_model_stage()
+    images = torch.ones(2, 3, 160, 160)
+    seeded = v.draw_inputs(4, (3, 160, 160), seed=0)
+    assert torch.equal(v.precision_inputs(context, loaded.inputs, None), seeded)
+    assert torch.equal(v.precision_inputs(context, loaded.inputs, images), torch.cat([seeded, images]))
 
 
 # --- limits of two outputs in float32 ---------------------------------------------------------------------------------
@@ -309,26 +333,26 @@ def test_a_model_in_which_no_product_is_seen_is_an_error(monkeypatch):
 @pytest.mark.parametrize(
     ("error", "cost", "warn", "fail"),
     [
-        (1e-6, 0.0, 64e-6, 256e-6),  # strict: a multiple of the CPU's float32 error
+        (1e-6, 0.0, 64e-6, 256e-6),  # strict: a multiple of the float32 error of the CPU
         (0.0, 0.0, 64 * 2**-24, 256 * 2**-24),  # no error at all would leave no room
         (2**-25, 1e-3, 2e-3 + 64 * 2**-24, 4e-3 + 256 * 2**-24),
         (3.5e-6, 1e-4, 4.24e-4, 1.296e-3),
         (0.0, math.inf, math.inf, math.inf),  # float16 overflows on the CPU as well
     ],
 )
-def test_the_limit_is_a_multiple_of_the_expected_cost_and_of_the_cpus_error(error, cost, warn, fail):
-    assert v.fp32_limit(error, cost) == pytest.approx((warn, fail))
+def test_the_limit_is_a_multiple_of_the_expected_cost_and_of_the_error_of_the_cpu(error, cost, warn, fail):
+    assert v.fp32_tolerance(error, cost) == pytest.approx((warn, fail))
 
 
 @pytest.mark.parametrize(
-    ("name", "cost", "limit"),
+    ("name", "cost", "tolerance"),
     [
-        ("embedding", None, v.fp32_limit(1e-6, 2e-3)),
-        ("embedding", 0.0, v.fp32_limit(1e-6, 0.0)),
-        ("", None, v.fp32_limit(3e-6, 4e-3)),  # model(x)
+        ("embedding", None, v.fp32_tolerance(1e-6, 2e-3)),
+        ("embedding", 0.0, v.fp32_tolerance(1e-6, 0.0)),
+        ("", None, v.fp32_tolerance(3e-6, 4e-3)),  # model(x)
     ],
 )
-def test_each_output_has_the_limit_of_its_own_error_and_cost(name, cost, limit):
+def test_each_output_has_the_limit_of_its_error_and_cost(name, cost, tolerance):
     outputs = {"embedding": None, "logits": None}
     errors, costs = {"embedding": 1e-6, "logits": 3e-6}, {"embedding": 2e-3, "logits": 4e-3}
-    assert v.References(*[outputs] * 4, errors, costs).limit(name, cost) == limit
+    assert v.References(None, *[outputs] * 4, errors, costs, 1.0, 1.0).tolerance(name, cost) == tolerance

@@ -1,4 +1,4 @@
-"""Each check can fail: a healthy device passes, and every single thing that can be wrong with one is noticed.
+"""Each check can fail: a healthy device passes, and each single fault of one is detected.
 
 The stages run for real, with a device copy of the model in which one thing is altered: see small_run.py.
 """
@@ -8,34 +8,36 @@ import dataclasses
 import math
 import threading
 import time
-import types
 
 import pytest
-from small_run import CPU, after_model_stage, alter, checks, first_call, new_run, not_passed
+from small_run import (
+    CPU,
+    after_model_stage,
+    alter,
+    cells,
+    checks,
+    differs_by,
+    drain,
+    first_pass_again,
+    marks,
+    new_context,
+)
 from timm.models import register_model
 from timm.models.vision_transformer import VisionTransformer
 
 import validate_npu as v
-from validate_npu import FAIL, PASS, SKIP, VARIES, WARN
+from validate_npu import FACT, FAIL, PASS, SKIP, VARIES, WARN
 
 np, torch = v.np, v.torch
-NPU = types.SimpleNamespace(type="npu")
-
-
-def off_by(error):
-    """A difference of this size in every row and element."""
-    return v.compare(np.ones((2, 8)) * (1 + error), np.ones((2, 8)))
-
-
-EQUAL, GOOD, BAD, NAN = (off_by(error) for error in (0, 1e-7, 0.1, math.nan))
-LIMIT = v.fp32_limit(1e-7, 0.0)
+EQUAL, GOOD, BAD, NAN = (differs_by(error) for error in (0, 1e-7, 0.1, math.nan))
+LIMIT = v.fp32_tolerance(1e-7, 0.0)
 
 
 # --- stage 1: device --------------------------------------------------------------------------------------------------
 
 
-class WrongProducts(torch.overrides.TorchFunctionMode):
-    """A device whose matrix products of fp32 are wrong."""
+class IncorrectProducts(torch.overrides.TorchFunctionMode):
+    """A device whose matrix products in float32 are changed."""
 
     def __init__(self, change):
         super().__init__()
@@ -56,67 +58,80 @@ def one_element_is_nan(x):
     ("device", "outcome"),
     [
         (contextlib.nullcontext(), PASS),
-        (WrongProducts(lambda x: x * (1 + 1e-5)), PASS),
-        (WrongProducts(lambda x: x * 1.01), FAIL),
-        (WrongProducts(lambda x: x.roll(1, 0)), FAIL),
-        (WrongProducts(one_element_is_nan), FAIL),
+        (IncorrectProducts(lambda x: x * (1 + 1e-5)), PASS),
+        (IncorrectProducts(lambda x: x * 1.01), FAIL),
+        (IncorrectProducts(lambda x: x.roll(1, 0)), FAIL),
+        (IncorrectProducts(one_element_is_nan), FAIL),
     ],
-    ids=["healthy", "rounds", "off by 1 %", "rows mixed up", "a NaN"],
+    ids=["healthy", "rounds", "an error of 1 %", "rows mixed up", "a NaN"],
 )
-def test_a_wrong_matrix_product_fails(device, outcome):
+def test_an_incorrect_matrix_product_fails(device, outcome):
     with device:
-        found = checks(v.device_stage(new_run()))
-    assert found.pop(("computes", "matmul")).mark == outcome
-    assert [(name, entry.mark) for (name, *_), entry in found.items()] == [("computes", PASS), ("GELU", PASS)]
+        found = marks(drain(v.device_stage(new_context()))[0])
+    assert found == {"device.matmul": outcome, "device.convolution": PASS, "device.gelu": PASS}
 
 
-HF32, FLOAT16 = v.Arithmetic(11, "half away", "HF32"), v.FLOAT16
+def test_the_facts_of_a_bug_report_are_in_stage_1():
+    entries, probe = drain(v.device_stage(new_context()))
+    facts = {entry.id: entry.text for entry in entries if entry.mark == FACT}
+    assert facts["device.name"] == "cpu" and facts["device.fp32_precision"] == str(probe)
+    assert f"torch {torch.__version__}, timm {v.timm.__version__}, numpy " in facts["device.software"]
+    assert " GiB, " in facts["device.host"] and facts["device.host"].rpartition(" cores")[1]
 
 
-def probe_of(convolution=(v.EXACT, EQUAL), matmul=(v.EXACT, EQUAL), gelu_error=0.0):
-    forms = {"none": "none", "tanh": "tanh"}
-    return v.Probe({"convolution": convolution, "matmul": matmul}, forms, dict.fromkeys(forms, gelu_error))
+HF32, FLOAT16 = v.Fp32Precision(11, "half away", "HF32"), v.FLOAT16
+
+
+def probe_of(matmul=(v.EXACT, EQUAL), gelu_error=0.0):
+    return v.Probe(
+        {"convolution": (v.EXACT, EQUAL), "matmul": matmul}, dict.fromkeys(("none", "tanh"), "tanh"), gelu_error
+    )
 
 
 @pytest.mark.parametrize(
-    ("documented", "found", "outcomes"),
+    ("documented", "precision", "error", "outcome", "limit"),
     [
-        ("float32", (v.EXACT, EQUAL), {"computes": PASS}),
-        ("float32", (HF32, EQUAL), {"computes": PASS, "fewer bits": WARN}),
-        ("HF32", (HF32, EQUAL), {"computes": PASS}),
-        ("HF32", (v.EXACT, EQUAL), {"computes": PASS}),
-        ("float16", (FLOAT16, EQUAL), {"computes": PASS}),
-        ("float32", (None, off_by(2e-4)), {"computes": WARN}),  # not recognised, which is not called fewer bits
-        ("HF32", (None, off_by(2e-4)), {"computes": PASS}),
-        ("HF32", (None, off_by(1e-2)), {"computes": FAIL}),
+        ("float32", v.EXACT, 0, PASS, "1.2e-04"),
+        ("float32", HF32, 0, PASS, "1.2e-04"),
+        ("HF32", HF32, 0, PASS, "4.9e-04"),
+        ("HF32", v.EXACT, 0, PASS, "4.9e-04"),
+        ("float16", FLOAT16, 0, PASS, "9.8e-04"),
+        ("float32", None, 2e-4, WARN, "1.2e-04"),  # not identified, which is not called fewer bits
+        ("HF32", None, 2e-4, PASS, "4.9e-04"),
+        ("HF32", None, 1e-2, FAIL, "3.9e-03"),
+        ("TF32", None, 1e-2, FAIL, "7.8e-03"),
     ],
 )
-def test_a_large_product_is_as_accurate_as_documented(documented, found, outcomes):
-    entries = list(v.judge_probe(probe_of(matmul=found), {"convolution": "HF32", "matmul": documented}, CPU))
-    (accurate,) = (entry for entry in entries if v.Table.split(entry.text)[:1] == ["matmul"])
-    marks = {entry.name: entry.mark for entry in [accurate, *entries] if entry.mark != PASS or entry is accurate}
-    assert marks == outcomes
-    assert all("matmul" in entry.problem for entry in entries if entry.name == "fewer bits")
+def test_a_large_product_is_as_accurate_as_documented(documented, precision, error, outcome, limit):
+    context = new_context(documented={"convolution": "HF32", "matmul": documented})
+    found = checks(v.judge_probe(probe_of((precision, differs_by(error))), context))
+    shown = cells(v.PRODUCTS, found["device.matmul"])
+    assert (found["device.matmul"].mark, shown["limit"]) == (outcome, limit)
+    assert shown["precision"] == (precision.name.replace(" ", "_") if precision else "-")
+    others = {"device.convolution": PASS, "device.matmul": outcome, "device.gelu": PASS}
+    fewer = documented == "float32" and precision == HF32
+    assert marks(found.values()) == others | ({"device.fewer_bits": WARN} if fewer else {})
+    assert not fewer or found["device.fewer_bits"].text.startswith("matmul keeps fewer bits than ")
 
 
 @pytest.mark.parametrize(("error", "outcome"), [(0.0, PASS), (5e-5, PASS), (1e-3, WARN), (math.nan, FAIL)])
 def test_a_gelu_of_neither_form_warns_and_one_that_is_not_finite_fails(error, outcome):
-    *_, gelu = v.judge_probe(probe_of(gelu_error=error), dict.fromkeys(v.PROBES, "float32"), CPU)
-    assert (gelu.name, gelu.mark) == ("GELU", outcome)
+    *_, gelu = v.judge_probe(probe_of(gelu_error=error), new_context())
+    assert (gelu.id, gelu.mark) == ("device.gelu", outcome)
+    assert gelu.text == f"max abs {error:.1e} from the tanh form, limit 1.0e-04"
 
 
-def test_a_system_that_does_not_tell_which_cores_are_allowed_runs_too(monkeypatch):
+def test_a_system_that_does_not_report_which_cores_are_allowed_runs_too(monkeypatch):
     """macOS, of which there is none here."""
     monkeypatch.delattr("os.sched_getaffinity")
-    facts = {entry.name: entry.text for entry in v.device_stage(new_run())}
-    assert facts["CPU threads"].endswith(" cores") or "OMP_NUM_THREADS" in facts["CPU threads"]
+    assert " threads, " in v.host_name()
 
 
 # --- stage 2: model ---------------------------------------------------------------------------------------------------
 
 
-class CorruptedOnItsWay(VisionTransformer):
-    """A transfer to the device that changes the last bit of one weight, where it is one way."""
+class CorruptedInTransfer(VisionTransformer):
+    """A transfer to the device that changes the last bit of one weight."""
 
     def to(self, *args, **kwargs):
         bits = self.norm.weight.data.view(torch.int32)
@@ -125,53 +140,53 @@ class CorruptedOnItsWay(VisionTransformer):
 
 
 @register_model
-def test_corrupted_on_its_way(pretrained=False, **kwargs):
-    model = CorruptedOnItsWay(img_size=32, embed_dim=32, depth=1, num_heads=1)
+def test_corrupted_in_transfer(pretrained=False, **kwargs):
+    model = CorruptedInTransfer(img_size=32, embed_dim=32, depth=1, num_heads=1)
     model.pretrained_cfg = {"input_size": (3, 32, 32)}
     return model
 
 
-test_corrupted_on_its_way.__test__ = False  # a model, not a test
+test_corrupted_in_transfer.__test__ = False  # a model, not a test
 
 
-@pytest.mark.parametrize(("model", "outcome"), [("test_vit", PASS), ("test_corrupted_on_its_way", FAIL)])
-def test_weights_that_do_not_come_back_as_they_went_fail(model, outcome):
-    found = checks(v.model_stage(new_run("--model", model)))
-    marks = {name: entry.mark for (name, *_), entry in found.items()}
-    assert marks == {"weights on cpu": outcome, "operators": SKIP}
-    problem = next(entry.problem for (name, *_), entry in found.items() if name == "weights on cpu")
-    assert problem.startswith("they differ, SHA-256 ")
+@pytest.mark.parametrize(("model", "outcome"), [("test_vit", PASS), ("test_corrupted_in_transfer", FAIL)])
+def test_weights_that_are_not_bit_identical_on_the_device_fail(model, outcome):
+    context = new_context("--model", model)
+    found = checks(drain(v.model_stage(context, v.probe_device(context)))[0])
+    assert marks(found.values()) == {"model.readback": outcome}
+    assert outcome == PASS or found["model.readback"].text.startswith("weights on cpu differ from the host's: SHA-256 ")
 
 
-class Unseen(str):
-    """A device that computes what it has no kernel for on the CPU, and does not say so."""
+class WithoutNpu(str):
+    """A device that computes what it has no kernel for on the CPU, without an error."""
 
     type = "npu"
 
 
 GRAPH = v.MODES["float32+graph"]
-CAUTION = "CAUTION: The operator 'aten::foo.out' is not currently supported on the NPU backend and will fall back to run"
+CAUTION = (
+    "CAUTION: The operator 'aten::foo.out' is not currently supported on the NPU backend and will fall back to run"
+)
 
 
 @pytest.mark.parametrize(
-    ("disabled", "rank", "names", "said", "outcome", "problem"),
+    ("disabled", "rank", "names", "printed", "outcome", "text"),
     [
-        ("1", "0", set(), "", PASS, ""),
+        ("1", "0", set(), "", PASS, "printed no warning"),
         ("1", "0", set(), CAUTION, WARN, "on the CPU: aten::foo.out"),
-        ("1", "0", {"addmm", "logit"}, "", WARN, "logit (its NPU kernel copies to the CPU and back)"),
-        ("1", "1", set(), "", SKIP, "tells only its first process"),
+        ("1", "0", {"addmm", "logit"}, "", WARN, "on the CPU: logit (its NPU kernel copies to the CPU and back)"),
+        ("1", "1", set(), "", SKIP, "only in its first process"),
         ("0", "0", set(), "", WARN, "is set to 0"),
     ],
 )
-def test_no_operator_fell_back_only_where_it_would_have_been_seen(
-    monkeypatch, disabled, rank, names, said, outcome, problem
+def test_no_operator_fell_back_only_if_that_would_have_been_detected(
+    monkeypatch, disabled, rank, names, printed, outcome, text
 ):
-    """A torch_npu without the variable. That one which knows it passes is in the runs on an emulated NPU."""
+    """A torch_npu without the variable. One that knows it passes: see the runs on an emulated NPU."""
     monkeypatch.setenv("TORCH_NPU_FALLBACK_CPU_DISABLE", disabled)
     monkeypatch.setenv("RANK", rank)
-    entry = v.cpu_fallback(Unseen("cpu"), names, said)
-    assert entry.mark == outcome and problem in entry.problem
-    assert v.cpu_fallback(CPU, names, said).mark == SKIP
+    entry = v.judge_fallback(WithoutNpu("cpu"), names, printed)
+    assert (entry.id, entry.mark) == ("model.fallback", outcome) and text in entry.text
 
 
 # --- stage 3: outputs -------------------------------------------------------------------------------------------------
@@ -185,40 +200,53 @@ def with_value(value):
     return values
 
 
-def test_a_healthy_output_passes():
-    entry = v.judge_output("embedding", "2", VALUES, (8,))
-    assert entry.mark == PASS and v.Table.split(entry.text)[:3] == ["2", "2x8", "float32"]
-    figures = [float(cell) for cell in v.Table.split(entry.text)[3:]]
-    assert figures == pytest.approx([VALUES.min(), VALUES.max(), VALUES.mean(), VALUES.std()], abs=1e-4)
+def problems(values, expected=(1, 8)):
+    return list(v.output_problems(values, np.zeros(expected, np.float32), "2"))
 
 
+def test_a_healthy_output_passes_and_its_row_has_its_figures():
+    assert problems(VALUES) == []
+    entry = v.judge_record("outputs.embedding", VALUES, [], None, LIMIT)
+    shown = cells(v.OUTPUTS, entry)
+    assert entry.mark == PASS and (shown["shape"], shown["batch_err"], shown["limit"]) == ("Bx8", "-", "-")
+    figures = [float(shown[name]) for name in ("min", "max", "mean", "std")]
+    assert figures == pytest.approx([VALUES.min(), VALUES.max(), VALUES.mean(), VALUES.std()], rel=0.1)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")  # of infinity - infinity
 @pytest.mark.parametrize(
     ("values", "expected", "problem"),
     [
-        (VALUES, (9,), "batch 2: the shape should be 2x9"),
-        (VALUES, (8, 1), "batch 2: the shape should be 2x8x1"),
-        (VALUES.reshape(2, 2, 4), (3, 4), "batch 2: the shape should be 2x3x4"),
-        (VALUES[:, :0].sum(1), (8,), "batch 2: the shape should be 2x8"),
-        (with_value(math.nan), (8,), "batch 2: 1 of 16 values are NaN or infinite"),
-        (with_value(math.inf), (8,), "batch 2: 1 of 16 values are NaN or infinite"),
-        (np.full((2, 8), math.nan, np.float32), (8,), "batch 2: 16 of 16 values are NaN or infinite"),
-        (np.vstack([VALUES[0], np.full(8, 0.5)]), (8,), "collapsed"),
-        (np.vstack([VALUES[0], VALUES[0] * (1 + 1e-6)]), (8,), "different images give the same output"),
+        (VALUES, (1, 9), "batch 2: 8 float32 for an image, on the CPU 9 float32"),
+        (VALUES, (1, 8, 1), "batch 2: 8 float32 for an image, on the CPU 8x1 float32"),
+        (VALUES.reshape(2, 2, 4), (1, 3, 4), "batch 2: 2x4 float32 for an image, on the CPU 3x4 float32"),
+        (VALUES.astype(np.float16), (1, 8), "batch 2: 8 float16 for an image, on the CPU 8 float32"),
+        (with_value(math.nan), (1, 8), "batch 2: 1 NaN and 0 Inf in 16 values, 0 on the CPU"),
+        (with_value(-math.inf), (1, 8), "batch 2: 0 NaN and 1 Inf in 16 values, 0 on the CPU"),
+        (np.full((2, 8), math.nan, np.float32), (1, 8), "batch 2: 16 NaN and 0 Inf in 16 values, 0 on the CPU"),
+        (np.float32([VALUES[0], np.full(8, 0.5)]), (1, 8), "batch 2: collapsed: all values of an image are equal"),
+        (
+            np.float32([VALUES[0], VALUES[0] * (1 + 1e-6)]),
+            (1, 8),
+            "batch 2: different images give the same output (rel",
+        ),
     ],
 )
-def test_an_output_fails_for_each_thing_that_can_be_wrong(values, expected, problem):
-    with np.errstate(invalid="ignore"):
-        entry = v.judge_output("embedding", "2", values, expected)
-    assert entry.mark == FAIL and problem in entry.problem
+def test_an_output_fails_for_each_property_that_can_be_incorrect(values, expected, problem):
+    (found,) = problems(values, expected)
+    assert found.startswith(problem)
+    entry = v.judge_record("outputs.embedding", values, [found], [(EQUAL, "batch 2")], LIMIT)
+    assert entry.mark == FAIL and entry.problem == found
 
 
-def test_each_problem_of_an_output_is_told():
-    entry = v.judge_output("embedding", "2", np.full((2, 8), 0.5, np.float32), (9,))
-    assert entry.problem == "batch 2: the shape should be 2x9; collapsed: all values of an image are equal"
+def test_nan_and_inf_are_counted_on_both_sides():
+    on_cpu = np.float32([[1, math.inf, math.nan, 1]])
+    (found,) = v.output_problems(np.float32([[1, math.inf, math.inf, math.nan]]), on_cpu, "1")
+    assert found == "batch 1: 1 NaN and 2 Inf in 4 values, 2 on the CPU"
 
 
 def test_images_that_differ_as_little_as_an_untrained_cnn_sets_them_apart_pass():
-    assert v.judge_output("embedding", "2", np.vstack([VALUES[0], VALUES[0] * 1.002]), (8,)).mark == PASS
+    assert problems(np.vstack([VALUES[0], VALUES[0] * np.float32(1.002)])) == []
 
 
 @pytest.fixture
@@ -227,66 +255,83 @@ def run():
     return after_model_stage()
 
 
-DOWNSTREAM = {"embedding", "logits", "tokens"}
+def stage_3(context, loaded):
+    """The checks by id, and the result."""
+    entries, outputs = drain(v.outputs_stage(context, loaded))
+    return checks(entries), outputs
 
 
-def test_a_healthy_device_passes_stage_3_and_every_output_of_every_batch_is_judged(run):
-    found = checks(v.outputs_stage(run))
-    assert {entry.mark for entry in found.values()} == {PASS}
-    names = [*DOWNSTREAM, "feature map 1", "feature map 2", "feature map 3"]
-    rows = {(name, cell) for name in names for cell in ("1", "3", "row_alone")}
-    assert found.keys() == rows | {("repeat", "bit_for_bit")}
-    assert run.images.shape == (3, 3, 160, 160) and run.outputs.shape == (3, 1000)
+def apart(found):
+    """id -> outcome, of the checks that do not pass."""
+    return {id: entry.mark for id, entry in found.items() if entry.mark != PASS}
+
+
+def ids(*names):
+    return {f"outputs.{name}" for name in names}
+
+
+DOWNSTREAM = ["embedding", "logits", "tokens"]
+MAPS = ["feature_map.1", "feature_map.2", "feature_map.3"]
+
+
+def test_a_healthy_device_passes_stage_3_and_every_output_is_judged(run):
+    found, outputs = stage_3(*run)
+    assert apart(found) == {} and found.keys() == ids(*DOWNSTREAM, *MAPS, "determinism")
+    assert all(cells(v.OUTPUTS, found[f"outputs.{name}"])["batch_err"] != "-" for name in (*DOWNSTREAM, *MAPS))
+    assert run[1].inputs.shape == (3, 3, 160, 160) and outputs.eager.shape == (3, 1000)
 
 
 @pytest.mark.parametrize(
     ("module", "names"),
     [
-        ("head", {"logits"}),
-        ("fc_norm", {"logits", "embedding"}),
+        ("head", ["logits"]),
+        ("fc_norm", ["logits", "embedding"]),
         ("norm", DOWNSTREAM),
-        ("blocks.5", {*DOWNSTREAM, "feature map 3"}),
-        ("blocks.4", {*DOWNSTREAM, "feature map 2", "feature map 3"}),
-        ("blocks.3", {*DOWNSTREAM, "feature map 1", "feature map 2", "feature map 3"}),
+        ("blocks.5", [*DOWNSTREAM, *MAPS[2:]]),
+        ("blocks.4", [*DOWNSTREAM, *MAPS[1:]]),
+        ("blocks.3", [*DOWNSTREAM, *MAPS]),
     ],
 )
 @pytest.mark.parametrize("row", [1, 2])
-def test_every_row_of_every_output_is_compared_with_that_image_alone(run, module, names, row):
+def test_every_row_of_every_output_is_compared_with_that_image_at_batch_size_1(run, module, names, row):
     """A device that mixes up one row of a batch of 3."""
 
     def mix_up(x):
         return torch.cat([x[:row], x[row : row + 1].flip(-1), x[row + 1 :]]) if len(x) == 3 else x
 
-    alter(run, module, mix_up)
-    found = checks(v.outputs_stage(run))
-    assert {key for key, entry in found.items() if entry.mark != PASS} == {(name, "row_alone") for name in names}
-    for name in names:
-        assert found[name, "row_alone"].mark == FAIL
-        assert found[name, "row_alone"].problem.startswith("row alone, batch 3: off by ")
-        assert f" at image {row}" in found[name, "row_alone"].problem
+    alter(run[1], module, mix_up)
+    found, _ = stage_3(*run)
+    assert apart(found) == dict.fromkeys(ids(*names), FAIL)
+    for id in ids(*names):
+        assert found[id].problem.startswith("batch 3 against batch size 1: error ")
+        assert f"worst row: image {row}" in found[id].details[1]
 
 
 def test_a_nan_in_a_row_fails_and_the_batch_is_named(run):
-    alter(run, "fc_norm", lambda x: torch.cat([x[:2], x[2:] * math.nan]))
-    found = not_passed(v.outputs_stage(run))
-    assert found == {(name, cell): FAIL for name in ("embedding", "logits") for cell in ("3", "row_alone")} | {
-        ("repeat", "bit_for_bit"): FAIL
-    }
+    alter(run[1], "fc_norm", lambda x: torch.cat([x[:2], x[2:] * math.nan]))
+    found, _ = stage_3(*run)
+    assert apart(found) == dict.fromkeys(ids("embedding", "logits"), FAIL)
+    assert found["outputs.embedding"].problem == "batch 3: 64 NaN and 0 Inf in 192 values, 0 on the CPU"
 
 
-@pytest.mark.parametrize(("factor", "outcome"), [(30, PASS), (120, WARN), (500, FAIL)])
-def test_a_row_of_a_batch_warns_at_64_times_the_cpus_error_and_fails_at_256_times(run, factor, outcome):
-    alter(run, "head", lambda x: torch.cat([x[:1], x[1:] * (1 + factor * run.references.errors["logits"])]))
-    found = checks(v.outputs_stage(run))
-    assert found.pop(("logits", "row_alone")).mark == outcome
-    assert {entry.mark for entry in found.values()} == {PASS}
+@pytest.mark.parametrize(("factor", "outcome", "limit"), [(30, PASS, 64), (120, WARN, 64), (500, FAIL, 256)])
+def test_a_row_of_a_batch_warns_at_64_times_the_error_of_the_cpu_and_fails_at_256_times(run, factor, outcome, limit):
+    error = run[1].references.errors["logits"]
+    alter(run[1], "head", lambda x: torch.cat([x[:1], x[1:] * (1 + factor * error)]))
+    found, _ = stage_3(*run)
+    assert apart(found) == ({"outputs.logits": outcome} if outcome != PASS else {})
+    shown = cells(v.OUTPUTS, found["outputs.logits"])
+    assert shown["limit"] == f"{limit * error:.1e}" and float(shown["used"][:-1]) == pytest.approx(
+        100 * factor / limit, abs=3
+    )
 
 
-def test_the_worst_batch_is_named(run):
-    run = after_model_stage("--batch-sizes", "2", "3", "4")
+def test_the_worst_batch_is_named():
+    context, loaded = after_model_stage("--batch-sizes", "2", "3", "4")
     errors = {2: 2e-3, 3: 5e-3, 4: 3e-3}
-    alter(run, "head", lambda x: x * (1 + errors.get(len(x), 0)))
-    assert checks(v.outputs_stage(run))["logits", "row_alone"].problem.startswith("row alone, batch 3: off by 5.0e-03")
+    alter(loaded, "head", lambda x: x * (1 + errors.get(len(x), 0)))
+    found, _ = stage_3(context, loaded)
+    assert found["outputs.logits"].problem.startswith("batch 3 against batch size 1: error 5.0e-03 > limit ")
 
 
 @pytest.mark.parametrize(
@@ -298,62 +343,63 @@ def test_the_worst_batch_is_named(run):
         (lambda x: x * 1.1, FAIL),
         (lambda x: x * math.nan, FAIL),
     ],
-    ids=["the same", "rounding", "rounding of one row", "another", "NaN"],
+    ids=["unchanged", "rounding", "rounding of one row", "another", "NaN"],
 )
-def test_the_same_again_is_to_be_equal_bit_for_bit(run, change, outcome):
+def test_a_second_run_must_be_bit_identical(run, change, outcome):
     """model(x) comes second, after forward_head(forward_features(x)), which no hook of the whole model sees."""
-    alter(run, "", change)
-    found = checks(v.outputs_stage(run))
-    assert {key: entry.mark for key, entry in found.items() if entry.mark != PASS} == (
-        {("repeat", "bit_for_bit"): outcome} if outcome != PASS else {}
-    )
-    assert found["repeat", "bit_for_bit"].problem.startswith("bit for bit, model(x), batch ")
+    alter(run[1], "", change)
+    found, _ = stage_3(*run)
+    assert apart(found) == ({"outputs.determinism": outcome} if outcome != PASS else {})
+    start = "two runs are bit-identical" if outcome == PASS else "batch size "
+    assert found["outputs.determinism"].text.startswith(start)
 
 
-@pytest.mark.parametrize("name", ["embedding", "logits", "tokens"])
+@pytest.mark.parametrize("name", DOWNSTREAM)
 @pytest.mark.parametrize(("factor", "outcome"), [(1 + 1e-6, WARN), (1.1, FAIL), (math.nan, FAIL)])
-def test_the_first_call_is_compared_with_a_later_one(run, name, factor, outcome):
-    run.first[name] *= np.float32(factor)
-    found = checks(v.outputs_stage(run))
-    assert {key: entry.mark for key, entry in found.items() if entry.mark != PASS} == {
-        ("repeat", "bit_for_bit"): outcome
-    }
-    assert found["repeat", "bit_for_bit"].problem.startswith(f"bit for bit, first call, {name}: off by")
+def test_the_first_forward_pass_is_compared_with_a_later_one(run, name, factor, outcome):
+    run[1].first[name] *= np.float32(factor)
+    found, _ = stage_3(*run)
+    assert apart(found) == {"outputs.determinism": outcome}
+    assert found["outputs.determinism"].problem.startswith(f"first forward pass, {name}: error ")
 
 
-def test_outputs_that_are_the_same_for_every_image_fail(run):
-    alter(run, "norm", lambda x: x * 0)
-    first_call(run)
-    found = checks(v.outputs_stage(run))
-    assert "collapsed: all values of an image are equal" in found["embedding", "1"].problem
-    assert "collapsed: all values of an image are equal" in found["tokens", "3"].problem
-    assert "different images give the same output" in found["logits", "3"].problem
-    assert found["feature map 1", "3"].mark == PASS
+def test_outputs_that_are_equal_for_every_image_fail(run):
+    context, loaded = run
+    alter(loaded, "norm", lambda x: x * 0)
+    found, _ = stage_3(context, first_pass_again(loaded))
+    assert apart(found) == dict.fromkeys(ids(*DOWNSTREAM), FAIL)
+    for name in ("embedding", "tokens"):
+        assert found[f"outputs.{name}"].problem.startswith(
+            "batch 1: collapsed: all values of an image are equal; batch 3: "
+        )
+    assert "batch 3: different images give the same output" in found["outputs.logits"].problem
 
 
 def test_outputs_of_another_shape_fail(run):
-    alter(run, "head", lambda x: x[:, 1:])
-    first_call(run)
-    assert not_passed(v.outputs_stage(run)) == {("logits", "1"): FAIL, ("logits", "3"): FAIL}
+    context, loaded = run
+    alter(loaded, "head", lambda x: x[:, 1:])
+    found, _ = stage_3(context, first_pass_again(loaded))
+    assert apart(found) == {"outputs.logits": FAIL}
+    assert found["outputs.logits"].problem.startswith(
+        "batch 1: 999 float32 for an image, on the CPU 1000 float32; batch 3"
+    )
 
 
-def test_a_batch_whose_repeat_has_no_memory_left_is_a_warning_and_the_others_are_judged():
-    run = after_model_stage("--batch-sizes", "1", "2", "3")
+def test_a_batch_without_memory_for_its_second_run_is_a_warning_and_the_others_are_judged():
+    context, loaded = after_model_stage("--batch-sizes", "1", "2", "3")
 
     def no_memory_for_3(module, args):
         if len(args[0]) == 3:
             raise torch.OutOfMemoryError("out of memory")
 
-    run.model.device.register_forward_pre_hook(no_memory_for_3)
-    found = list(v.outputs_stage(run))
-    assert [(e.name, e.problem) for e in found if e.mark != PASS and e.mark in v.OUTCOMES] == [
-        ("batch 3", "out of device memory")
-    ]
-    assert ("repeat", "bit_for_bit") in checks(found) and len(run.outputs) == 2
+    loaded.device.register_forward_pre_hook(no_memory_for_3)
+    found, outputs = stage_3(context, loaded)
+    assert apart(found) == {"outputs.batch.3": WARN} and found["outputs.batch.3"].text == "out of device memory"
+    assert "outputs.determinism" in found and len(outputs.eager) == 2
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def images(tmp_path):
     from PIL import Image
 
     for name, values in zip("ab", np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)):
@@ -361,75 +407,80 @@ def pictures(tmp_path):
     return tmp_path / "a.png", tmp_path / "b.png"
 
 
-def test_pictures_are_a_batch_of_their_own(pictures):
-    run = after_model_stage("--image", *pictures)
-    alter(run, "head", lambda x: torch.cat([x[:1], x[1:].flip(-1)]) if len(x) == 2 else x)
-    found = checks(v.outputs_stage(run))
-    assert {key for key, entry in found.items() if entry.mark != PASS} == {("logits", "row_alone")}
-    assert found["logits", "row_alone"].problem.startswith("row alone, batch pictures: off by")
-    assert found["tokens", "pictures"].mark == PASS
-    assert len(run.outputs) == 3, "the timed outputs are compared with those of the seeded images"
+def test_images_are_a_batch_of_their_own(images):
+    context, loaded = after_model_stage("--image", *images)
+    alter(loaded, "head", lambda x: torch.cat([x[:1], x[1:].flip(-1)]) if len(x) == 2 else x)
+    found, outputs = stage_3(context, loaded)
+    assert apart(found) == {"outputs.logits": FAIL}
+    assert found["outputs.logits"].problem.startswith("batch images against batch size 1: error ")
+    assert len(outputs.eager) == 3, "timed outputs are compared with those of the seeded inputs"
 
 
-def test_the_same_picture_twice_is_no_collapse(pictures):
-    run = after_model_stage("--image", pictures[0], pictures[0])
-    assert len(run.pictures) == 1
-    assert not not_passed(v.outputs_stage(run))
+def test_the_same_image_twice_is_no_collapse(images):
+    context, loaded = after_model_stage("--image", images[0], images[0])
+    assert len(loaded.images) == loaded.image_count == 1
+    assert apart(stage_3(context, loaded)[0]) == {}
 
 
 # --- stage 5: throughput ----------------------------------------------------------------------------------------------
 
-TIMED = v.Timing(v.FLOAT32, 1, host_ms=(1.0, 1.0), total_ms=(2.0, 2.0), difference=EQUAL)
+TIMED = v.Timing(v.FLOAT32, 1, launch_ms=(1.0, 1.0), total_ms=(2.0, 2.0), found=EQUAL)
 
 
 def test_out_of_memory_is_a_row_and_the_other_batch_sizes_are_reported():
-    row = v.judge_timing(TIMED, new_run())
-    assert row.mark == VARIES and v.Table.split(row.text)[:2] == ["1", "500.00"]
+    row = v.timing_entry(TIMED, new_context())
+    assert (row.mark, row.id) == (VARIES, "throughput.float32.1")
+    assert cells(v.THROUGHPUT, row)["images/s"] == "500.00"
     timing = v.Timing(v.FLOAT32, 8, problem=v.OUT_OF_MEMORY)
-    entry = v.judge_timing(timing, new_run())
-    assert (entry.mark, entry.problem) == (WARN, "batch 8: out of device memory")
-    assert v.judge_timing(timing, new_run("--batch-sizes", "auto")).mark == VARIES, "the search ends there"
+    entry = v.timing_entry(timing, new_context())
+    assert (entry.mark, entry.id, entry.problem) == (WARN, "throughput.float32.8", "out of device memory")
+    assert v.timing_entry(timing, new_context("--batch-sizes", "auto")).mark == VARIES, "the search ends there"
     assert [group[0].batch for group in v.by_mode([TIMED, timing])] == [1]
 
 
-def test_what_cannot_be_captured_is_skipped():
-    entry = v.judge_timing(v.Timing(GRAPH, 8, problem="it cannot be captured", outcome=SKIP), new_run())
-    assert (entry.mark, entry.name, entry.problem) == (SKIP, "float32+graph", "it cannot be captured")
+def test_a_graph_that_cannot_be_captured_is_skipped():
+    entry = v.timing_entry(v.Timing(GRAPH, 8, problem="it cannot be captured", mark=SKIP), new_context())
+    assert (entry.mark, entry.id, entry.problem) == (SKIP, "throughput.float32+graph.8", "it cannot be captured")
 
 
 @pytest.mark.parametrize(
-    ("mode", "difference", "outcome"),
+    ("mode", "found", "outcome"),
     [
         (v.FLOAT32, EQUAL, PASS),
         (v.FLOAT32, GOOD, PASS),
         (v.FLOAT32, BAD, FAIL),
         (v.FLOAT32, NAN, FAIL),
-        (v.MODES["amp-float16"], off_by(5e-3), PASS),  # half precision against stage 3's fp32
-        (v.MODES["amp-float16"], off_by(5e-2), FAIL),
-        (GRAPH, off_by(5e-3), FAIL),  # a graph against the same mode without
-        (v.MODES["amp-float16+graph"], off_by(5e-2), FAIL),
+        (v.MODES["amp-float16"], differs_by(5e-3), PASS),  # half precision against float32 of stage 3
+        (v.MODES["amp-float16"], differs_by(5e-2), FAIL),
+        (GRAPH, differs_by(5e-3), FAIL),  # a graph against the same mode without
+        (v.MODES["amp-float16+graph"], differs_by(5e-2), FAIL),
         (v.MODES["amp-float16+graph"], NAN, FAIL),
     ],
     ids=lambda value: getattr(value, "name", ""),
 )
-def test_timed_outputs_are_judged_by_the_limit_of_their_mode(mode, difference, outcome):
-    timings = [dataclasses.replace(TIMED, mode=mode, batch=batch, difference=EQUAL) for batch in (1, 4)]
-    for i in (0, 1):  # whichever of the batches is wrong
-        wrong = [*timings]
-        wrong[i] = dataclasses.replace(wrong[i], difference=difference)
-        run = new_run()
-        run.limits = {"float32": LIMIT, "amp-float16": v.Limit(7e-3, 3e-2)}  # as stage 4 found them
-        eager = [dataclasses.replace(TIMED, mode=v.MODES[mode.base], batch=batch, difference=EQUAL) for batch in (1, 4)]
-        *_, entry = v.judge_timed_outputs(run, [*(eager if mode.graph else []), *wrong])
-        assert (entry.name, entry.mark) == (mode.name, outcome)
-        assert f"against {'eager' if mode.graph else 'stage 3'}" in entry.problem
-        assert difference is EQUAL or f"batch {wrong[i].batch}: off by" in entry.problem
+@pytest.mark.parametrize("i", [0, 1], ids=["smaller batch", "larger batch"])
+def test_timed_outputs_are_judged_by_the_limit_of_their_mode(mode, found, outcome, i):
+    def timings(mode):
+        return [dataclasses.replace(TIMED, mode=mode, batch=batch) for batch in (1, 4)]
+
+    altered = timings(mode)
+    altered[i] = dataclasses.replace(altered[i], found=found)
+    tolerances = {"float32": LIMIT, "amp-float16": v.Tolerance(7e-3, 3e-2)}  # as stage 4 found them
+    checked = v.Precision("logits", {}, tolerances, {}, [])
+    eager = timings(v.MODES[mode.base]) if mode.graph else []
+    *_, entry = v.judge_timed_outputs([*eager, *altered], checked)
+    assert (entry.id, entry.mark) == (f"throughput.outputs.{mode.name}", outcome)
+    reference = f"{mode.base} without graph" if mode.graph else "stage 3"
+    what = f"{altered[i if found is not EQUAL else 0].batch} against {reference}"
+    assert entry.text.startswith(f"{what}: error {found.error:.1e}, limit ")
+    limit = tolerances[mode.base].limit(outcome)
+    assert entry.text.endswith(f", limit {limit:.1e}, used {v.used_text(found.error, limit)}")
 
 
 class Counted:
     """A hook that changes the output of one call of a batch size."""
 
-    def __init__(self, call, change, batch):
+    def __init__(self, call=0, change=None, batch=0):
         self.call, self.change, self.batch, self.calls = call, change, batch, {}
 
     def __call__(self, output):
@@ -438,10 +489,11 @@ class Counted:
 
 
 def after_outputs_stage(*arguments):
-    run = after_model_stage("--iters", "3", *arguments)
-    assert not not_passed(v.outputs_stage(run))
-    run.limits = {"float32": run.references.limit()}  # as stage 4 leaves them
-    return run
+    """The Context, the Outputs, and limits as stage 4 leaves them."""
+    context, loaded = after_model_stage("--iters", "3", *arguments)
+    found, outputs = stage_3(context, loaded)
+    assert apart(found) == {}
+    return context, outputs, v.Precision("logits", {}, {"float32": loaded.references.tolerance()}, {}, [])
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -449,165 +501,200 @@ def after_outputs_stage(*arguments):
 @pytest.mark.parametrize("change", [lambda x: x * 1.01, lambda x: torch.cat([x[:-1], x[-1:] * math.nan])])
 def test_every_timed_batch_is_compared(batch, call, outcome, change):
     """The first call is not timed; three are."""
-    run = after_outputs_stage()
-    alter(run, "", Counted(call, change, batch))
-    found = checks(v.throughput_stage(run))
-    assert {key: entry.mark for key, entry in found.items()} == {("float32", "against_stage_3"): outcome}
-    assert outcome == PASS or f"batch {batch}: off by" in found["float32", "against_stage_3"].problem
+    context, outputs, checked = after_outputs_stage()
+    alter(outputs.loaded, "", Counted(call, change, batch))
+    found = checks(drain(v.throughput_stage(context, outputs, checked))[0])
+    assert marks(found.values()) == {"throughput.outputs.float32": outcome}
+    assert outcome == PASS or found["throughput.outputs.float32"].problem.startswith(f"{batch} against stage 3: error ")
 
 
-def test_without_warm_up_no_batch_is_run_but_the_first_and_those_that_are_timed():
-    run = after_outputs_stage("--warmup", "0")
-    alter(run, "", counted := Counted(0, None, 0))
-    entries = [entry for entry in v.throughput_stage(run) if entry.name == "float32" and entry.mark == VARIES]
-    rows = [entry for entry in entries if len(v.Table.split(entry.text)) == len(v.THROUGHPUT.columns)]
-    assert counted.calls[1] == counted.calls[3] == 1 + 3, "three are too few to time the first row once more"
-    assert [v.Table.split(row.text)[-1] for row in rows] == ["3", "3"], "and the log says how many"
+def test_without_warm_up_only_the_first_batch_and_those_that_are_timed_run():
+    context, outputs, checked = after_outputs_stage("--warmup", "0")
+    alter(outputs.loaded, "", counted := Counted())
+    _, timings = drain(v.throughput_stage(context, outputs, checked))
+    assert counted.calls[1] == counted.calls[3] == 1 + 3
+    assert [len(timing.total_ms) for timing in timings] == [3, 3]
 
 
 def test_a_warm_up_runs_at_least_its_batches():
-    run = after_outputs_stage("--batch-sizes", "1", "--warmup", "7")
-    alter(run, "", counted := Counted(0, None, 0))
-    list(v.throughput_stage(run))
+    context, outputs, checked = after_outputs_stage("--batch-sizes", "1", "--warmup", "7")
+    alter(outputs.loaded, "", counted := Counted())
+    drain(v.throughput_stage(context, outputs, checked))
     assert counted.calls[1] >= 1 + 7 + 3
 
 
-def test_a_stage_3_that_failed_leaves_no_false_alarm_for_stage_5():
-    """Of a larger batch nothing is known then, but the first image's outputs."""
-    run = after_model_stage("--batch-sizes", "3")
-    run.limits = {"float32": run.references.limit()}
-    assert len(run.outputs) == 1 < len(run.images)
-    assert {entry.mark for entry in checks(v.throughput_stage(run)).values()} == {PASS}
+def test_a_batch_that_stage_3_had_no_memory_for_is_compared_with_the_images_that_it_has():
+    context, outputs, checked = after_outputs_stage("--batch-sizes", "3")
+    outputs = outputs._replace(eager=outputs.eager[:1])
+    assert [*outputs.rows(3)] == [0, 0, 0]
+    assert marks(drain(v.throughput_stage(context, outputs, checked))[0]) == {"throughput.outputs.float32": PASS}
 
 
 def test_timed_outputs_of_a_mode_without_a_limit_from_stage_4_are_skipped():
-    (entry,) = checks(v.judge_timed_outputs(new_run(), [TIMED])).values()
-    assert (entry.mark, entry.problem) == (SKIP, "stage 4 gives no limit for it")
+    for checked in (None, v.Precision("logits", {}, {}, {}, [])):
+        (entry,) = v.judge_timed_outputs([TIMED], checked)
+        assert (entry.mark, entry.text) == (SKIP, "not judged: stage 4 gave no limit for this mode")
 
 
-# --- several cards ----------------------------------------------------------------------------------------------------
+# --- several devices --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def two_cards():
-    """Two cards of one run, in this process, with a store of torch's own. A card waits half a second for the other."""
-    store, both = torch.distributed.HashStore(), [v.Cards(), v.Cards()]
-    for rank, cards in enumerate(both):
-        cards.connect(new_run("--timeout", "1").report, seconds=0.5)
-        cards.rank, cards.size, cards.store = rank, 2, store
-        cards.report.begin("throughput")
+def two_ranks():
+    """Two ranks of one run, in this process, with a store of torch. A rank waits half a second for the other."""
+    store, both = torch.distributed.HashStore(), [v.Ranks(), v.Ranks()]
+    for rank, ranks in enumerate(both):
+        ranks.connect(v.Report(quiet=True), seconds=0.5)
+        ranks.report.timeout = 600
+        ranks.rank, ranks.size, ranks.store = rank, 2, store
     yield both
-    for cards in both:
-        cards.report.timer.cancel()  # which would end this process as one that hangs
+    for ranks in both:
+        ranks.report.timer.cancel()  # which would end this process as one that hangs
 
 
-def test_a_card_that_goes_on_with_a_long_stage_is_waited_for_and_one_that_does_nothing_is_lost(two_cards):
-    waiting, working = two_cards
+def test_ranks_exchange_values_and_one_that_does_not_answer_is_lost(two_ranks):
+    waiting, working = two_ranks
 
     def work():
-        for _ in range(12):
-            working.goes_on()
-            time.sleep(0.2)
+        time.sleep(0.2)
         working.gather("end", "done")
 
     thread = threading.Thread(target=work)
     thread.start()
     assert waiting.gather("end", "waited") == ["waited", "done"]
     thread.join()
-    with pytest.raises(v.CardsLost) as lost:
+    with pytest.raises(v.RanksLost) as lost:
         waiting.gather("another step")
     assert lost.value.args == ([1],)
 
 
-def card(rank, outputs, checks=()):
+@pytest.mark.parametrize("broken", [0, 1])
+def test_what_one_rank_cannot_do_ends_all_with_its_reason(two_ranks, broken):
+    def task(rank):
+        if rank == broken:
+            raise v.CannotRun("no such model")
+        return "loaded"
+
+    problems = [None, None]
+
+    def all_or_none(rank):
+        try:
+            two_ranks[rank].all_or_none("model", lambda: task(rank))
+        except v.CannotRun as error:
+            problems[rank] = str(error)
+
+    threads = [threading.Thread(target=all_or_none, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert problems == [f"rank {broken}: no such model"] * 2
+
+
+def rank_result(rank, eager, found=()):
+    rates = {"float32.4": 100.0 * (1 + rank)}
+    half = {row: rate / 2 for row, rate in rates.items()}
     place = 0, f"npu:{rank}", "Ascend910B4"
-    rates = {("float32", 4): 100.0 * (1 + rank)}
-    half = {key: rate / 2 for key, rate in rates.items()}
-    return v.Card(f"card {rank}", place, np.asarray(outputs, np.float32), 1e-6, list(checks), rates, half)
+    return v.RankResult(rank, place, np.asarray(eager, np.float32), 1e-6, list(found), rates, half)
 
 
-RIGHT, ROUNDED, WRONG = np.ones((2, 8)), np.ones((2, 8)) * (1 + 1e-6), np.ones((2, 8)) * 1.1
+CORRECT, ROUNDED, INCORRECT = np.ones((2, 8)), np.ones((2, 8)) * (1 + 1e-6), np.ones((2, 8)) * 1.1
 ONE_ROW = np.vstack([np.ones((1, 8)), np.ones((1, 8)) * 1.1])
 
 
 @pytest.mark.parametrize(
     ("outputs", "outcome", "problem"),
     [
-        ([RIGHT, RIGHT, RIGHT], PASS, ""),
-        ([RIGHT, RIGHT[:1], RIGHT], PASS, ""),  # of a card with less memory
-        ([RIGHT, RIGHT, WRONG], FAIL, "card 2 of 3 differ from the others by 1.0e-01"),
-        ([WRONG, RIGHT, RIGHT], FAIL, "card 0 of 3 differ"),
-        ([RIGHT, ONE_ROW, RIGHT], FAIL, "card 1 of 3 differ"),
-        ([RIGHT, RIGHT * math.nan, RIGHT], FAIL, "card 1 of 3 differ"),
-        ([RIGHT * math.nan, RIGHT * math.nan, RIGHT], FAIL, ""),
-        ([RIGHT, ROUNDED, RIGHT], WARN, "card 1 of 3 differ"),
-        ([RIGHT, ROUNDED, WRONG, RIGHT, RIGHT], FAIL, "card 1, card 2 of 5 differ from the others by 1.0e-01"),
-        ([RIGHT, WRONG], FAIL, "it is not known which are right"),
+        ([CORRECT, CORRECT, CORRECT], PASS, ""),
+        ([CORRECT, CORRECT[:1], CORRECT], PASS, ""),  # of a device with less memory
+        ([CORRECT, CORRECT, INCORRECT], FAIL, "rank 2 of 3 differs from the others: error 1.0e-01 > limit "),
+        ([INCORRECT, CORRECT, CORRECT], FAIL, "rank 0 of 3 differs from the others: "),
+        ([CORRECT, ONE_ROW, CORRECT], FAIL, "rank 1 of 3 differs from the others: "),
+        ([CORRECT, CORRECT * math.nan, CORRECT], FAIL, "rank 1 of 3 differs from the others: "),
+        ([CORRECT * math.nan, CORRECT * math.nan, CORRECT], FAIL, "rank 2 of 3 differs"),
+        ([CORRECT, ROUNDED, CORRECT], WARN, "rank 1 of 3 differs from the others: "),
+        (
+            [CORRECT, ROUNDED, INCORRECT, CORRECT, CORRECT],
+            FAIL,
+            "rank 1, 2 of 5 differs from the others: error 1.0e-01 > ",
+        ),
+        ([CORRECT, INCORRECT], FAIL, "rank 1 of 2 differs from the others (no majority: see the precision of each): "),
     ],
 )
-def test_cards_are_to_agree_and_the_one_that_does_not_is_named(outputs, outcome, problem):
-    cards = [card(rank, output) for rank, output in enumerate(outputs)]
-    agreement = v.judge_agreement(cards, LIMIT)
-    assert agreement.mark == outcome and problem in agreement.problem
-    assert agreement in v.judge_cards(cards, LIMIT), "the whole stage says so, too"
+def test_devices_must_agree_and_one_that_differs_is_named(outputs, outcome, problem):
+    results = [rank_result(rank, output) for rank, output in enumerate(outputs)]
+    agreement = checks(v.judge_ranks(results, LIMIT))["devices.agreement"]
+    assert agreement.mark == outcome and (outcome == PASS or agreement.problem.startswith(problem))
 
 
 @pytest.mark.parametrize("outcome", [PASS, SKIP, WARN, FAIL])
-def test_a_card_is_as_good_as_the_worst_of_its_checks(outcome):
-    cards = [card(0, RIGHT), card(1, RIGHT, [(PASS, "tokens"), (outcome, "embedding"), (PASS, "logits")])]
-    first, second = (
-        entry for entry in v.judge_cards(cards, LIMIT) if entry.name in ("card 0", "card 1") and entry.mark != VARIES
-    )
+def test_a_device_has_the_outcome_of_the_worst_of_its_checks(outcome):
+    found = [(PASS, "outputs.tokens"), (outcome, "outputs.embedding"), (PASS, "outputs.logits")]
+    entries = checks(v.judge_ranks([rank_result(0, CORRECT), rank_result(1, CORRECT, found)], LIMIT))
+    first, second = entries["devices.0"], entries["devices.1"]
     assert (first.mark, second.mark) == (PASS, PASS if outcome == SKIP else outcome)
-    assert outcome in (PASS, SKIP) or second.problem == "not passed: embedding"
-    cells = dict(zip(v.Table.split(v.CARDS.header("").text), v.Table.split(second.text), strict=True))
-    assert (cells["device"], cells["checks"], cells["embedding_row"]) == ("npu:1", "3", "1.0e-06")
-    assert (cells["failed"], cells["warned"]) == (str(int(outcome == FAIL)), str(int(outcome == WARN)))
+    assert outcome in (PASS, SKIP) or second.problem == "not passed: outputs.embedding"
+    assert second.advice == "run it by itself for its whole log, on node 0: --device npu:1"
+    shown = cells(v.DEVICES, second)
+    assert (shown["device"], shown["checks"], shown["err_fp64"]) == ("npu:1", "3", "1.0e-06")
+    assert (shown["failed"], shown["warned"]) == (str(int(outcome == FAIL)), str(int(outcome == WARN)))
 
 
-def test_what_cards_cost_each_other_is_a_row_for_each_and_one_for_all():
-    entries = [e for e in v.judge_cards([card(0, RIGHT), card(1, RIGHT)], LIMIT) if e.mark == VARIES]
-    assert [(e.name, *v.Table.split(e.text)) for e in entries] == [
-        ("card 0", "float32", "4", "100.00", "50.00", "0.50"),
-        ("card 1", "float32", "4", "200.00", "100.00", "0.50"),
-        ("total", "float32", "4", "300.00", "150.00", "0.50"),
-    ]
+def test_the_contention_of_devices_is_a_line_for_each_row():
+    results = [rank_result(0, CORRECT), rank_result(1, CORRECT)]
+    results[1].together["float32.4"] = 60.0
+    found = {entry.id: entry for entry in v.judge_ranks(results, LIMIT)}
+    entry = found["devices.contention.float32.4"]
+    assert (entry.mark, entry.text) == (
+        VARIES, "110.00 images/s of all devices together, 0.37 of the sum of each by itself; lowest: rank 1, 0.30"
+    )  # fmt: skip
 
 
 def test_under_torchrun_the_device_is_that_of_the_local_rank(monkeypatch):
     for name in ("TORCHELASTIC_RUN_ID", "RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.setenv(name, "3")
-    cards = v.Cards()
-    assert [cards.device_name(name) for name in ("npu", "cpu")] == ["npu:3", "cpu"]
-    with pytest.raises(v.CannotRun, match="takes the card of its LOCAL_RANK: --device npu, without an index"):
-        cards.device_name("npu:1")
+    ranks = v.Ranks()
+    assert [ranks.device_name(name) for name in ("npu", "cpu")] == ["npu:3", "cpu"]
+    with pytest.raises(v.CannotRun, match="uses the device of its LOCAL_RANK: --device npu, without an index"):
+        ranks.device_name("npu:1")
 
 
 # --- modes ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", v.MODES.values(), ids=lambda mode: mode.name)
-def test_a_mode_is_what_the_forward_pass_computes_in(mode):
+def test_a_mode_is_the_precision_of_the_forward_pass(mode):
     linear, inputs = torch.nn.Linear(4, 4).to(mode.dtype), torch.ones(2, 4, dtype=mode.dtype)
     with mode.active(CPU):
         assert linear(inputs).dtype == getattr(torch, mode.amp or mode.half or "float32")
     assert linear(inputs).dtype == mode.dtype
 
 
-def test_modes_that_differ_have_names_that_differ_and_a_graph_the_outputs_of_its_base():
-    assert len(v.MODES) == len(set(v.MODES.values())) == 2 * len(v.BASES)
+def test_modes_that_differ_have_names_that_differ_and_a_graph_has_the_outputs_of_its_base():
+    assert len(v.MODES) == len(set(v.MODES.values())) == 2 * len(v.BASE_MODES)
+    assert [mode.name for mode in v.BASE_MODES] == [
+        "float32", "hf32", "amp-float16", "amp-bfloat16", "float16", "bfloat16"
+    ]  # fmt: skip
     for name, mode in v.MODES.items():
         base = v.MODES[mode.base]
-        assert mode.name == name and not base.graph and base in v.BASES
+        assert mode.name == name and not base.graph and base in v.BASE_MODES
         assert dataclasses.replace(mode, name=base.name, graph=False) == base
 
 
-def test_weights_come_back_from_half_precision_as_they_were():
-    run = after_model_stage("--model", "test_dinov3")
-    before = v.sha256(dict(enumerate(v.tensors_of(run.model.device))))
-    with run.in_mode(v.MODES["half-bfloat16"]) as model:
+def test_float32_is_always_validated_and_each_mode_once():
+    context = new_context("--modes", "float16", "float16", "float32", "hf32")
+    assert [mode.name for mode in context.modes] == ["float32", "float16"]
+    assert {mode.name: reason for mode, reason in context.unsupported.items()} == {
+        "hf32": "cpu has no reduced-precision float32"
+    }
+
+
+def test_weights_are_restored_after_half_precision_and_after_float64():
+    _, loaded = after_model_stage("--model", "test_dinov3")
+    before = v.sha256(dict(enumerate(v.tensors_of(loaded.device))))
+    with v.in_mode(loaded, v.MODES["bfloat16"]) as model:
         assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    assert v.sha256(dict(enumerate(v.tensors_of(run.model.device)))) == before
-    with v.widened(run.model.cpu) as model:
+    assert v.sha256(dict(enumerate(v.tensors_of(loaded.device)))) == before
+    with v.as_float64(loaded.cpu) as model:
         assert {tensor.dtype for tensor in v.tensors_of(model)} == {torch.float64}
-    assert v.sha256(dict(enumerate(v.tensors_of(run.model.cpu)))) == before
+    assert v.sha256(dict(enumerate(v.tensors_of(loaded.cpu)))) == before
