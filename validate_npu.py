@@ -2186,16 +2186,16 @@ def compare_speed(old: dict[str, float], new: dict[str, float], max_slowdown: fl
 LANGUAGES = "zh", "en"
 # Texts of the report. Other keys (outputs, modes, ids) are printed unchanged, so no key is the name of a stage.
 TEXTS = {
-    "title": ("昇腾 NPU 验证", "Validation on an Ascend NPU"), "no_npu": ("验证(不是 NPU 的结果)", "Validation (not of an NPU)"),
-    "dry_run": ("预演:在 CPU 上运行,不代表 NPU", "dry run on a CPU: no claim about an NPU"), "verdict": ("结论:", "result: "),
-    "other_device": ("设备不是 NPU", "the device is not an NPU"), "separator": (";", "; "),
-    "emulated": ("仿真设备,不代表真实 NPU", "emulated device: no claim about a real NPU"),
-    "random_weights": ("随机权重:不作精度结论", "random weights: no claim about precision"),
-    "skipped": ("有未做的检查(SKIP)", "some checks were not done (SKIP)"),
-    "scope": ("在 {} 张图像上验证;这不是完整数据集上的评测(其中 {} 张为固定种子的随机图像)。",
+    "title": ("昇腾 NPU 验证", "Validation on an Ascend NPU"), "no_npu": ("验证（不是 NPU 的结果）", "Validation (not of an NPU)"),
+    "dry_run": ("预演：在 CPU 上运行，不代表 NPU", "dry run on a CPU: no claim about an NPU"), "verdict": ("结论：", "result: "),
+    "other_device": ("设备不是 NPU", "the device is not an NPU"), "separator": ("；", "; "),
+    "emulated": ("仿真设备，不代表真实 NPU", "emulated device: no claim about a real NPU"),
+    "random_weights": ("随机权重：不作精度结论", "random weights: no claim about precision"),
+    "skipped": ("有未做的检查（SKIP）", "some checks were not done (SKIP)"),
+    "scope": ("在 {} 张图像上验证；这不是完整数据集上的评测（其中 {} 张为固定种子的随机图像）。",
               "validated on {} images; this is not an evaluation on a full dataset ({} of them are seeded random images)."),
     "item": ("项目", "item"), "value": ("内容", "value"), "output": ("输出", "output"), "notes": ("说明", "Notes"),
-    "made": ("由 validate_npu.py {} 根据日志生成:", "Made by validate_npu.py {} from the log: "),
+    "made": ("由 validate_npu.py {} 根据日志生成：", "Made by validate_npu.py {} from the log: "),
     "environment": ("验证环境", "Environment"), "npu": ("设备", "device"), "cards": ("验证的卡数", "devices validated"),
     "software": ("软件版本", "software"), "host": ("主机", "host"), "settings": ("设置", "settings"), "date": ("日期", "date"),
     "variables": ("环境变量", "environment variables"), "fp32": ("float32 精度", "precision of float32"),
@@ -2205,22 +2205,22 @@ TEXTS = {
     "reproduction": ("复现方法", "How to reproduce"), "inference": ("推理", "Inference"), "shape": ("形状", "shape"),
     "dtype": ("数据类型", "dtype"), "min": ("最小值", "min"), "max": ("最大值", "max"), "mean": ("均值", "mean"),
     "std": ("标准差", "std"), "check": ("检查", "check"), "first_values": ("前 5 个值", "first 5 values"), "image": ("图片", "image"),
-    "accuracy": ("精度(与 CPU float32 对比)", "Precision against the CPU in float32"), "max_abs": ("最大绝对误差", "max abs"),
+    "accuracy": ("精度（与 CPU float32 对比）", "Precision against the CPU in float32"), "max_abs": ("最大绝对误差", "max abs"),
     "mean_abs": ("平均绝对误差", "mean abs"), "rel_l2": ("相对 L2 误差", "rel L2"), "cosine": ("余弦相似度", "cosine"),
     "nmae": ("归一化平均误差", "normalized mean error"), "top1": ("top-1 一致", "top-1 agrees"),
     "probabilities": ("softmax 概率最大差", "largest difference of probabilities"),
     "predictions": ("图片预测", "predictions of images"), "explanation": ("HF32 与 GELU 造成的误差", "errors due to HF32 and GELU"),
-    "accuracy_note": ("误差取最差的图像。strict(关闭 HF32)、float32 等列:与 CPU float64 对比的判定,括号内为误差占限值的百分比。",
+    "accuracy_note": ("误差取最差的图像。strict（关闭 HF32）、float32 等列：与 CPU float64 对比的判定，括号内为误差占限值的百分比。",
                       "Errors are those of the worst image. Columns strict (without HF32), float32, ...: the check against CPU"
                       " float64, with the error in percent of its limit."),
     "accuracy_none": ("日志中没有精度数据。", "The log has no figures of precision."), "performance": ("性能", "Performance"),
-    "mode": ("方式", "mode"), "batch": ("批大小", "batch size"), "images/s": ("吞吐量(图像/秒)", "images/s"),
-    "mean_ms": ("平均(毫秒/批)", "mean (ms)"), "p50": ("P50(毫秒)", "p50 (ms)"), "p99": ("P99(毫秒)", "p99 (ms)"),
+    "mode": ("方式", "mode"), "batch": ("批大小", "batch size"), "images/s": ("吞吐量（图像/秒）", "images/s"),
+    "mean_ms": ("平均（毫秒/批）", "mean (ms)"), "p50": ("P50（毫秒）", "p50 (ms)"), "p99": ("P99（毫秒）", "p99 (ms)"),
     "ms_per_image": ("毫秒/图像", "ms per image"), "speedup": ("对 CPU 加速比", "speed-up over the CPU"),
-    "peak": ("显存峰值(MiB)", "peak memory (MiB)"), "batches": ("计时批数", "timed batches"),
-    "p50_ms": ("CPU float32 延迟(毫秒,批大小 1)", "CPU float32 latency (ms, batch size 1)"), "threads": ("CPU 线程数", "CPU threads"),
-    "warmup": ("预热批数(最少)", "warm-up batches (at least)"),
-    "performance_note": ("每批后同步计时,不含预处理和数据拷贝。", "Each batch is synchronized; no preprocessing, no copies."),
+    "peak": ("显存峰值（MiB）", "peak memory (MiB)"), "batches": ("计时批数", "timed batches"),
+    "p50_ms": ("CPU float32 延迟（毫秒，批大小 1）", "CPU float32 latency (ms, batch size 1)"), "threads": ("CPU 线程数", "CPU threads"),
+    "warmup": ("预热批数（最少）", "warm-up batches (at least)"),
+    "performance_note": ("每批后同步计时，不含预处理和数据拷贝。", "Each batch is synchronized; no preprocessing, no copies."),
 }  # fmt: skip
 FRONT_MATTER = "---", "hardware: NPU", "tags:", "- NPU", "- Ascend", "---", ""
 NO_NPU, NO_ACCURACY = {"dry_run", "other_device", "emulated"}, {"dry_run", "random_weights"}  # a CPU is its own reference
@@ -2233,7 +2233,7 @@ FACTS = {"environment": {"npu": "device.name", "date": "run.date", "software": "
                          "settings": "device.settings", "variables": "device.environment", "fp32": "device.fp32_precision"},
          "subject": {label: f"model.{label}" for label in ("size", "preprocessing", "weights", "weights_sha256", "inputs_sha256")}}
 NOTES = ("model.fallback", "precision.fewer_bits", "precision.switches", "devices.contention.",  # beginnings of ids
-         *(f"throughput.{name}" for name in "host_bound doubtful not_steady saturated. copy fastest sustained.tenths".split()))
+         *(f"throughput.{name}" for name in ("host_bound", "doubtful", "not_steady", "saturated.", "copy", "fastest", "sustained.tenths")))
 
 
 def experiment(log: Log) -> argparse.Namespace:
@@ -2285,9 +2285,9 @@ def content(log: Log) -> dict:
     found = {section: {label: texts.get(id, "") for label, id in ids.items()} for section, ids in FACTS.items()}
     nodes = [cells["node"] for _, cells in rows_of(log, "devices.", "chip").values()]
     found["environment"]["cards"], found["subject"] = str(len(nodes) or 1), {"name": options.model} | found["subject"]
-    path, _, note = SET_ENV.partition(" (")
+    path, _, older = SET_ENV.partition(" (")
     launcher = f"torchrun --nnodes {len(set(nodes))} --nproc-per-node {nodes.count(nodes[0])}" if nodes else "python"
-    found["reproduction"] = {"environment": f"{path}  # {note.rstrip(')')}" if kind == "npu" else "",
+    found["reproduction"] = {"environment": f"{path}\n# {older.rstrip(')')}" if kind == "npu" else "",
                              "hub": "export HF_ENDPOINT=https://hf-mirror.com" if options.weights == "pretrained" else "",
                              "command": f"{launcher} {texts['run.command']}"}  # fmt: skip
     found |= report_rows(log)
