@@ -9,12 +9,14 @@ import sys
 import time
 
 import pytest
+import skimage
 from conftest import SCRIPT, SMALL, Run
 from markdown_it import MarkdownIt
 
 import validate_npu as v
 
 FRONT_MATTER = "---\nhardware: NPU\ntags:\n- NPU\n- Ascend\n---\n\n"
+PRECISION = v.TEXTS["accuracy"][1]
 MARKDOWN = MarkdownIt("commonmark").enable("table")
 
 
@@ -114,7 +116,7 @@ def test_a_dry_run_is_stated_and_claims_nothing(report, rehearsal):
         in found.first
     )
     assert "Validation (not of an NPU)" in found.texts and "Validation on an Ascend NPU" not in found.texts
-    assert "Precision against the CPU in float32" not in found.tables
+    assert PRECISION not in found.tables
     assert no_claim in found.texts
     assert found.code == [f"python {rehearsal.texts['run.command']}\n"], "no CANN and no hub are needed"
     for row in found.table("Performance").values():
@@ -146,7 +148,7 @@ def test_an_emulated_run_has_the_figures_of_its_log(report, healthy):
             key: row[key] for key in ("shape", "min", "max", "mean", "std")
         }
     assert found.values("Inference")["first 5 values npu"] == texts["precision.first_values.npu"]
-    assert "Precision against the CPU in float32" not in found.tables
+    assert PRECISION not in found.tables
     header, *rows = found.tables["Performance"][0]
     assert [row[:2] for row in rows] == [["float32", "1"], ["float32", "4"], ["float32", "8"], ["float32", "16"]]
     cpu = healthy.rows["model.cpu_latency"]
@@ -176,7 +178,7 @@ def test_a_run_on_an_npu_with_trained_weights_has_everything(report, edited, hea
         and found.source.endswith("\n#+NPU\n")
         and found.first.startswith("result: PASS; validated on 5 images; ")
     )
-    precision = found.table("Precision against the CPU in float32")
+    precision = found.table(PRECISION)
     assert len(precision) == 5
     for name, cells in precision.items():
         row, judged = log.rows[f"precision.published.{name}"], log.rows[f"precision.{name}.float32"]
@@ -186,7 +188,7 @@ def test_a_run_on_an_npu_with_trained_weights_has_everything(report, edited, hea
         assert float(cells["normalized mean error"].removesuffix("%")) == pytest.approx(100 * float(row["nmae"]))
         assert cells["float32"] == f"PASS ({judged['used']})"
         assert cells["strict"] == f"PASS ({log.rows[f'precision.{name}.strict']['used']})"
-    why = found.values("Precision against the CPU in float32")["errors due to HF32 and GELU"]
+    why = found.values(PRECISION)["errors due to HF32 and GELU"]
     assert why == f"{log.texts['precision.cost.GELU']}; {log.texts['precision.cost.HF32']}"
     (code,) = found.code
     assert "/usr/local/Ascend/cann/set_env.sh" in code and "\nexport HF_ENDPOINT=https://hf-mirror.com\n" in code
@@ -209,7 +211,7 @@ def test_a_failure_is_printed_as_a_failure(report, edited, faulty):
     assert report(faulty.path).first.startswith("result: FAIL; ")
     found = report(edited(faulty, ON_NPU, PRETRAINED).path)
     assert found.first.startswith("result: FAIL; ")
-    header, *rows = found.tables["Precision against the CPU in float32"][0]
+    header, *rows = found.tables[PRECISION][0]
     assert header[-3:] == ["strict", "float32", "float16"]
     for row in rows:
         for mode, cell in zip(header[-3:], row[-3:]):
@@ -219,7 +221,7 @@ def test_a_failure_is_printed_as_a_failure(report, edited, faulty):
     assert [*notes][: len(failed)] == failed and all(notes[id].startswith("FAIL ") for id in failed)
     limit = faulty.rows["precision.logits.float32"]["limit"]
     assert f", limit {limit}, " in notes["precision.logits.float32"]
-    top1 = found.values("Precision against the CPU in float32")["top-1 agrees"]
+    top1 = found.values(PRECISION)["top-1 agrees"]
     assert top1 == "{top1}/{inputs}".format(**faulty.rows["precision.probabilities"])
 
 
@@ -244,7 +246,7 @@ def test_of_several_logs_each_has_a_column(report, edited, healthy, faulty):
     assert len(found.code) == 2
     for section, tables in found.tables.items():
         assert len(tables) == 1 and tables[0][0] == ["item", "one.txt", "two|two.txt"], section
-    precision, speed = found.table("Precision against the CPU in float32"), found.table("Performance")
+    precision, speed = found.table(PRECISION), found.table("Performance")
     for log, column in ((one, "one.txt"), (two, "two|two.txt")):
         assert precision["embedding: max abs"][column] == log.rows["precision.published.embedding"]["max_abs"]
         assert speed["float32.1: images/s"][column] == log.rows["throughput.float32.1"]["images/s"]
@@ -252,6 +254,32 @@ def test_of_several_logs_each_has_a_column(report, edited, healthy, faulty):
     assert speed["float32.16: p99 (ms)"]["two|two.txt"] == "-", "it was not timed"
     assert found.table("Environment")["device"]["one.txt"] == healthy.texts["device.name"]
     assert not report(one.path, healthy.path).front_matter, "one of them was emulated"
+
+
+def test_images_are_counted_and_have_their_labels(report, run, edited, tmp_path):
+    names = ["a*b.png", "_b_.png"]
+    for name, image in zip(names, (skimage.data.astronaut(), skimage.data.chelsea())):
+        skimage.io.imsave(tmp_path / name, image)
+    done = run(*SMALL, "--image", "_b_.png", "a*b.png")
+    labels = {f"image {i}": done.texts[f"precision.image.{i}"] for i in (1, 2)}
+    assert labels["image 1"].startswith("_b_.png: ") and labels["image 2"].startswith("a*b.png: ")
+    untrained, found = report(done.path), report(edited(done, ON_NPU, PRETRAINED).path)
+    for each in (untrained, found):
+        assert "; validated on 7 images; this is not an evaluation on a full dataset (5 of them are " in each.first
+    values = found.values("Inference")
+    assert {label: values[label] for label in labels} == labels
+    assert not labels.keys() & untrained.values("Inference").keys(), "labels of random weights mean nothing"
+    assert found.values(PRECISION)["predictions of images"] == done.texts["precision.top1"]
+
+
+def test_the_command_for_several_devices(report, edited, healthy):
+    rows = [
+        v.DEVICES.entry(v.PASS, f"devices.{i}", i // 2, f"npu:{i % 2}", 25, 0, 0, 1e-4, "Ascend910B4") for i in range(4)
+    ]
+    lines = [line for entry in (*v.DEVICES.header(), *rows, v.DEVICES.legend("")) for line in entry.lines()]
+    found = report(edited(healthy, (r"\n\[summary\]", "\n[devices]\n" + "\n".join(lines) + "\n\n[summary]")).path)
+    assert found.code[0].endswith(f"\ntorchrun --nnodes 2 --nproc-per-node 2 {healthy.texts['run.command']}\n")
+    assert found.values("Environment")["devices validated"] == "4"
 
 
 # The table "性能参考" of the published model card: batch size, images/s, ms per batch. Batches of 16 take 1.1 ms an image.
