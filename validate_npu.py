@@ -4,6 +4,7 @@
     python validate_npu.py                                   # npu:0, pretrained weights
     python validate_npu.py --device cpu --weights random     # CPU dry run, without an NPU
     torchrun --nproc-per-node 8 validate_npu.py              # all devices of a host
+    python validate_npu.py --report validation_output.txt    # a section for a model card, from a log
 
 Method. The reference is the same model with the same weights and inputs on the CPU in float64, with the form of GELU
 that the device computes. Each output of the model is compared with it twice:
@@ -30,6 +31,7 @@ Where things are, from top to bottom:
     Emulated precision  probe_device() measures the precision of the device, emulated_precision() reproduces it
     Comparing arrays    compare() measures, comparison() makes a check of it
     Comparing logs      Log reads a log, compare_logs() finds what became worse
+    For publication     publication() makes a section of a model card from logs
     Several devices     communication between the processes of torchrun, and devices_stage()
     Ascend              everything that belongs to one vendor: versions, switches, error codes, installation
     The report          Entry is a line, Table its columns, Report prints and writes them
@@ -407,8 +409,7 @@ def model_stage(context: Context, probe: Probe) -> Stage[Loaded]:
         yield judge_fallback(device, seen.names, "".join(printed))
     started = time.perf_counter()
     with torch.inference_mode():
-        cpu_ms = [time_batch(cpu, inputs[:1], torch.device("cpu"))[1] for _ in range(2)][-1]
-    yield Entry(VARIES, "model.cpu_latency", f"{cpu_ms:.5g} ms at batch size 1, {torch.get_num_threads()} threads")
+        cpu_ms = [time_batch(cpu, inputs[:1], torch.device("cpu"))[1] for _ in range(2)]
     maps = find_feature_maps(options, cpu, inputs[:1])
     # One input of each of several seeds, as published figures have it, then the first images.
     seeded = [draw_inputs(1, inputs.shape[1:], options.seed + i) for i in range(PRECISION_SEEDS)]
@@ -416,6 +417,8 @@ def model_stage(context: Context, probe: Probe) -> Stage[Loaded]:
     seconds = f"load {load_seconds:.1f} s, first forward pass {first_seconds:.2f} s"
     seconds += " with kernel compilation" if device.type != "cpu" else ""
     yield Entry(VARIES, "model.time", f"{seconds}, references on the CPU {time.perf_counter() - started:.1f} s")
+    yield from CPU_LATENCY.header()
+    yield CPU_LATENCY.entry(VARIES, "model.cpu_latency", np.median(cpu_ms), 1, torch.get_num_threads())
     return Loaded(cpu, model, inputs, images, count, first, maps, flops, probe, references)
 
 
@@ -1209,7 +1212,8 @@ def explain_precision(context: Context, loaded: Loaded, results: dict, costs: di
         on_cpu = references.float32[name]
         found = [compare(output[i : i + 1], on_cpu[i : i + 1]) for i in range(len(output))]
         figures = (max(getattr(each, figure) for each in found) for figure in ("max_abs", "mean_abs", "rel_l2", "nmae"))
-        yield PUBLISHED.entry(FACT, f"precision.published.{name}", *figures, min(each.cosine for each in found))
+        counts = PRECISION_SEEDS, len(output) - PRECISION_SEEDS
+        yield PUBLISHED.entry(FACT, f"precision.published.{name}", *figures, min(each.cosine for each in found), *counts)
     yield PUBLISHED.legend("device in float32 against CPU float32, without a limit, the worst image. nmae: mean |d| / mean |cpu|")
     output, on_cpu = (np.asarray(part[main], np.float64) for part in ({main: results[FLOAT32][main][0]}, references.float32))
     for place, values in ((context.device.type, output), ("CPU", on_cpu)):
@@ -1218,8 +1222,10 @@ def explain_precision(context: Context, loaded: Loaded, results: dict, costs: di
     if main == "logits" and output.shape[1] > 1:
         probabilities = [torch.softmax(torch.from_numpy(values), -1).numpy() for values in (output, on_cpu)]
         agree = int(np.sum(output.argmax(1) == on_cpu.argmax(1)))
-        text = f"largest difference of softmax probabilities {np.abs(np.subtract(*probabilities)).max():.1e}"
-        yield Entry(FACT, "precision.probabilities", f"{text}; top-1 agrees for {agree} of {len(output)} inputs")
+        yield from PROBABILITIES.header()
+        difference = np.abs(np.subtract(*probabilities)).max()
+        yield PROBABILITIES.entry(FACT, "precision.probabilities", difference, agree, len(output))
+        yield PROBABILITIES.legend("softmax: the largest difference, and the inputs whose top-1 agrees")
     convolutions = context.documented["convolution"] != "float32" and "convolution" in loaded.probe.products
     if context.device.type != "cpu" and convolutions and np.array_equal(output, on_cpu):
         problem = f"{main} equals the CPU's float32 bit for bit although convolutions are in {context.documented['convolution']}"
@@ -2070,7 +2076,7 @@ class Log:
     """A log by its lines: everything before the first [failures], [comparison] or [summary]."""
 
     def __init__(self, name: str, lines: list[str]) -> None:
-        self.name, self.title = name, lines[0]
+        self.name, self.title, self.result = name, lines[0], lines[-1]
         self.marks: dict[str, str] = {}  # id -> outcome of the check
         self.texts: dict[str, str] = {}  # id -> what stands behind it
         self.rows: dict[str, dict[str, str]] = {}  # id -> cells by column
@@ -2176,6 +2182,218 @@ def compare_speed(old: dict[str, float], new: dict[str, float], max_slowdown: fl
     if 100 * (1 - best) > allowed or p50 > explained:
         return cells, FAIL
     return cells, WARN if allowed > MAX_TOLERATED_SLOWDOWN else PASS
+
+
+# --- The report for publication ---------------------------------------------------------------------------------------
+
+LANGUAGES = "zh", "en"
+# Texts of the report. Other keys (outputs, modes, ids) are printed unchanged, so no key is the name of a stage.
+TEXTS = {
+    "title": ("昇腾 NPU 验证", "Validation on an Ascend NPU"), "no_npu": ("验证（不是 NPU 的结果）", "Validation (not of an NPU)"),
+    "dry_run": ("预演：在 CPU 上运行，不代表 NPU", "dry run on a CPU: no claim about an NPU"), "verdict": ("结论：", "result: "),
+    "other_device": ("设备不是 NPU", "the device is not an NPU"), "separator": ("；", "; "),
+    "emulated": ("仿真设备，不代表真实 NPU", "emulated device: no claim about a real NPU"),
+    "random_weights": ("随机权重：不作精度结论", "random weights: no claim about precision"),
+    "skipped": ("有未做的检查（SKIP）", "some checks were not done (SKIP)"),
+    "scope": ("在 {} 张图像上验证；这不是完整数据集上的评测（其中 {} 张为固定种子的随机图像）。",
+              "validated on {} images; this is not an evaluation on a full dataset ({} of them are seeded random images)."),
+    "item": ("项目", "item"), "value": ("内容", "value"), "output": ("输出", "output"), "notes": ("说明", "Notes"),
+    "made": ("由 validate_npu.py {} 根据日志生成：", "Made by validate_npu.py {} from the log: "),
+    "environment": ("验证环境", "Environment"), "npu": ("设备", "device"), "cards": ("验证的卡数", "devices validated"),
+    "software": ("软件版本", "software"), "host": ("主机", "host"), "settings": ("设置", "settings"), "date": ("日期", "date"),
+    "variables": ("环境变量", "environment variables"), "fp32": ("float32 精度", "precision of float32"),
+    "subject": ("模型与权重", "Model and weights"), "name": ("模型", "model"), "size": ("规模", "size"),
+    "preprocessing": ("输入与预处理", "input and preprocessing"), "weights": ("权重来源", "weights"),
+    "weights_sha256": ("权重 SHA-256", "SHA-256 of the weights"), "inputs_sha256": ("输入 SHA-256", "SHA-256 of the inputs"),
+    "reproduction": ("复现方法", "How to reproduce"), "inference": ("推理", "Inference"), "shape": ("形状", "shape"),
+    "dtype": ("数据类型", "dtype"), "min": ("最小值", "min"), "max": ("最大值", "max"), "mean": ("均值", "mean"),
+    "std": ("标准差", "std"), "check": ("检查", "check"), "first_values": ("前 5 个值", "first 5 values"), "image": ("图片", "image"),
+    "accuracy": ("精度（与 CPU float32 对比）", "Precision against the CPU in float32"), "max_abs": ("最大绝对误差", "max abs"),
+    "mean_abs": ("平均绝对误差", "mean abs"), "rel_l2": ("相对 L2 误差", "rel L2"), "cosine": ("余弦相似度", "cosine"),
+    "nmae": ("归一化平均误差", "normalized mean error"), "top1": ("top-1 一致", "top-1 agrees"),
+    "probabilities": ("softmax 概率最大差", "largest difference of probabilities"),
+    "predictions": ("图片预测", "predictions of images"), "explanation": ("HF32 与 GELU 造成的误差", "errors due to HF32 and GELU"),
+    "accuracy_note": ("误差取最差的图像。strict（关闭 HF32）、float32 等列：与 CPU float64 对比的判定，括号内为误差占限值的百分比。",
+                      "Errors are those of the worst image. Columns strict (without HF32), float32, ...: the check against CPU"
+                      " float64, with the error in percent of its limit."),
+    "accuracy_none": ("日志中没有精度数据。", "The log has no figures of precision."), "performance": ("性能", "Performance"),
+    "mode": ("方式", "mode"), "batch": ("批大小", "batch size"), "images/s": ("吞吐量（图像/秒）", "images/s"),
+    "mean_ms": ("平均（毫秒/批）", "mean (ms)"), "p50": ("P50（毫秒）", "p50 (ms)"), "p99": ("P99（毫秒）", "p99 (ms)"),
+    "ms_per_image": ("毫秒/图像", "ms per image"), "speedup": ("对 CPU 加速比", "speed-up over the CPU"),
+    "peak": ("显存峰值（MiB）", "peak memory (MiB)"), "batches": ("计时批数", "timed batches"),
+    "p50_ms": ("CPU float32 延迟（毫秒，批大小 1）", "CPU float32 latency (ms, batch size 1)"), "threads": ("CPU 线程数", "CPU threads"),
+    "warmup": ("预热批数（最少）", "warm-up batches (at least)"),
+    "performance_note": ("每批后同步计时，不含预处理和数据拷贝。", "Each batch is synchronized; no preprocessing, no copies."),
+}  # fmt: skip
+FRONT_MATTER = "---", "hardware: NPU", "tags:", "- NPU", "- Ascend", "---", ""
+NO_NPU, NO_ACCURACY = {"dry_run", "other_device", "emulated"}, {"dry_run", "random_weights"}  # a CPU is its own reference
+# Columns of the tables, by section. After those of accuracy each mode has one.
+COLUMNS = {"inference": ("shape", "dtype", "min", "max", "mean", "std", "check"),
+           "accuracy": ("max_abs", "mean_abs", "rel_l2", "nmae", "cosine"),
+           "performance": ("mode", "batch", "images/s", "mean_ms", "p50", "p99", "ms_per_image", "speedup", "peak", "batches")}  # fmt: skip
+# Facts, by section: label -> id.
+FACTS = {"environment": {"npu": "device.name", "date": "run.date", "software": "device.software", "host": "device.host",
+                         "settings": "device.settings", "variables": "device.environment", "fp32": "device.fp32_precision"},
+         "subject": {label: f"model.{label}" for label in ("size", "preprocessing", "weights", "weights_sha256", "inputs_sha256")}}
+NOTES = ("model.fallback", "precision.fewer_bits", "precision.switches", "devices.contention.",  # beginnings of ids
+         *(f"throughput.{name}" for name in ("host_bound", "doubtful", "not_steady", "saturated.", "copy", "fastest", "sustained.tenths")))
+
+
+def experiment(log: Log) -> argparse.Namespace:
+    """The options of the run. Raises CannotRun if its command is damaged."""
+    try:
+        with open(os.devnull, "w") as quiet, contextlib.redirect_stderr(quiet):
+            return parse_arguments(shlex.split(log.texts["run.command"])[1:])
+    except (KeyError, ValueError, SystemExit) as error:
+        raise CannotRun(f"the command in the log {log.name} cannot be read: make a new log") from error
+
+
+def rows_of(log: Log, start: str, column: str) -> dict[str, tuple[str, dict[str, str]]]:
+    """The rows of one table: what follows `start` in the id -> mark and cells."""
+    rows = {id: cells for id, cells in log.rows.items() if id.startswith(start) and column in cells}
+    return {id.removeprefix(start): (log.marks.get(id, ""), cells) for id, cells in rows.items()}
+
+
+def report_rows(log: Log) -> dict[str, dict[str, dict[str, str]]]:
+    """Section -> row -> cells by column."""
+    rows, cpu = {section: {} for section in COLUMNS}, log.rows.get("model.cpu_latency", {})
+    for name, (mark, cells) in rows_of(log, "outputs.", "shape").items():
+        rows["inference"][name] = cells | {"check": mark} | ({"dtype": "float32"} if mark != FAIL else {})
+    for name, (_, cells) in rows_of(log, "precision.published.", "nmae").items():
+        rows["accuracy"][name] = cells | {"nmae": f"{100 * float(cells['nmae']):.3g}%"}
+    for name, (_, cells) in rows_of(log, "throughput.", "p99").items():
+        mode, _, batch = name.rpartition(".")
+        found = {"mode": mode, "batch": batch, "mean_ms": cells.get("mean")}
+        if rate := float(cells["images/s"]):
+            found["ms_per_image"] = f"{1000 / rate:.4g}"
+        if batch == cpu.get("batch") and log.texts["device.name"] != "cpu":
+            found["speedup"] = f"{float(cpu['p50_ms']) / float(cells['p50']):.2f}"
+        rows["performance"][name] = cells | found
+    for section, columns in COLUMNS.items():
+        rows[section] = {name: {key: cells[key] for key in columns if cells.get(key)} for name, cells in rows[section].items()}
+    for name, cells in rows["accuracy"].items():
+        judged = rows_of(log, f"precision.{name}.", "err_fp64")
+        cells |= {mode: f"{mark} ({figures['used']})" for mode, (mark, figures) in judged.items()}
+    return rows
+
+
+def content(log: Log) -> dict:
+    """All that the report holds, as texts and cells of the log: section -> label -> text, or cells by column."""
+    options, texts, cpu = experiment(log), log.texts, log.rows.get("model.cpu_latency", {})
+    kind, random = options.device.partition(":")[0], options.weights == "random"
+    limits = {"dry_run": kind == "cpu", "other_device": kind not in ("cpu", "npu"), "random_weights": random,
+              "emulated": "emulated" in texts.get("device.software", ""), "skipped": SKIP in log.marks.values()}  # fmt: skip
+    limits = [key for key, holds in limits.items() if holds]
+    _, counts = next(iter(rows_of(log, "precision.published.", "seeds").values()), ("", {"seeds": 0, "images": 0}))
+    found = {section: {label: texts.get(id, "") for label, id in ids.items()} for section, ids in FACTS.items()}
+    nodes = [cells["node"] for _, cells in rows_of(log, "devices.", "chip").values()]
+    found["environment"]["cards"], found["subject"] = str(len(nodes) or 1), {"name": options.model} | found["subject"]
+    path, _, older = SET_ENV.partition(" (")
+    launcher = f"torchrun --nnodes {len(set(nodes))} --nproc-per-node {nodes.count(nodes[0])}" if nodes else "python"
+    found["reproduction"] = {"environment": f"{path}\n# {older.rstrip(')')}" if kind == "npu" else "",
+                             "hub": "export HF_ENDPOINT=https://hf-mirror.com" if options.weights == "pretrained" else "",
+                             "command": f"{launcher} {texts['run.command']}"}  # fmt: skip
+    found |= report_rows(log)
+    starts = "precision.first_values.", *["precision.image."] * (not random)
+    found["inference"] |= {id.removeprefix("precision."): text for id, text in texts.items() if id.startswith(starts)}
+    cells = log.rows.get("precision.probabilities", {})
+    found["accuracy"] |= {"probabilities": cells.get("max_abs"), "top1": cells and f"{cells['top1']}/{cells['inputs']}"}
+    found["accuracy"]["predictions"] = texts.get("precision.top1") or texts.get("precision.nearest")
+    found["accuracy"]["explanation"] = "; ".join(text for id, text in texts.items() if id.startswith("precision.cost."))
+    if NO_ACCURACY & set(limits):
+        found["accuracy"] = {}
+    found["performance"] |= {"p50_ms": cpu.get("p50_ms"), "threads": cpu.get("threads"), "warmup": str(options.warmup)}
+    found["notes"] = {}
+    for id in [id for outcome in (FAIL, WARN, SKIP) for id, mark in log.marks.items() if mark == outcome]:
+        row = ", ".join(f"{key} {value}" for key, value in log.rows.get(id, {}).items())
+        found["notes"][id] = f"{log.marks[id]} {row or texts[id]}"
+    found["notes"] |= {id: text for id, text in texts.items() if id.startswith(NOTES) and log.marks.get(id, PASS) == PASS}
+    head = {"version": VERSION, "log": log.name, "result": log.result, "statements": [log.result.split()[1], *limits]}
+    head |= {"images": int(counts["seeds"]) + int(counts["images"]), "random_images": int(counts["seeds"])}
+    return head | {section: {label: row for label, row in rows.items() if row} for section, rows in found.items()}
+
+
+def escape(text: str) -> str:
+    """Text of a log in Markdown. Underscores within words mean nothing there."""
+    return re.sub(r"[\\`*\[\]<>|~&]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text)
+
+
+def section_lines(section: str, found: list[dict], logs: list[str], text: Callable[[str], str]) -> Iterator[str]:
+    """Tables of one section. Of several logs each has a column, and each cell of their tables a row."""
+
+    def table(header: list[str], rows: Iterable[list[str]]) -> Iterator[str]:
+        for cells in (header, None, *rows):
+            yield f"| {' | '.join(map(escape, cells) if cells else ['---'] * len(header))} |"
+        yield ""
+
+    grids, flat = [{label: row for label, row in rows.items() if isinstance(row, dict)} for rows in found], [{} for _ in found]
+    if len(found) > 1:
+        for column, grid in zip(flat, grids):
+            column |= {f"{label}: {text(key)}": cell for label, row in grid.items() for key, cell in row.items()
+                       if key not in ("mode", "batch")}  # fmt: skip
+    elif grids[0]:
+        columns = [*dict.fromkeys([*COLUMNS[section], *itertools.chain(*grids[0].values())])]
+        columns = [column for column in columns if any(column in row for row in grids[0].values())]
+        key = [] if section == "performance" else ["output"]  # its key is in two columns, mode and batch
+        cells = ([*[label] * len(key), *(row.get(column, "-") for column in columns)] for label, row in grids[0].items())
+        yield from table([text(column) for column in key + columns], cells)
+    labels = dict.fromkeys(itertools.chain(*flat))
+    for column, rows in zip(flat, found):
+        column |= {text(label): row for label, row in rows.items() if isinstance(row, str)}
+    labels |= dict.fromkeys(itertools.chain(*flat))
+    if labels:
+        header = [text("item"), *(logs if len(logs) > 1 else [text("value")])]
+        yield from table(header, ([label, *(column.get(label, "-") for column in flat)] for label in labels))
+
+
+def markdown(contents: list[dict], language: str) -> Iterator[str]:
+    """The lines of the report: first what must be stated, then the sections."""
+
+    def text(key: str) -> str:
+        name, dot, rest = key.partition(".")
+        return f"{TEXTS[name][LANGUAGES.index(language)]}{dot and ' '}{rest}" if name in TEXTS else key
+
+    logs, limits = [each["log"] for each in contents], {limit for each in contents for limit in each["statements"]}
+    yield from () if NO_NPU & limits else FRONT_MATTER
+    yield from (f"## {text('no_npu' if NO_NPU & limits else 'title')}", "")
+    for each in contents:
+        verdict, *claims = each["statements"]
+        claims = [f"**{claim}**" for claim in (f"{text('verdict')}{verdict}", *map(text, claims))]
+        start = f"- {escape(each['log'])}: " if len(contents) > 1 else "> "
+        yield start + text("separator").join([*claims, text("scope").format(each["images"], each["random_images"])])
+    yield ""
+    for section in ("environment", "subject", "reproduction", "inference", "accuracy", "performance", "notes"):
+        found = [each[section] for each in contents]
+        yield from (f"### {text(section)}", "")
+        if section == "reproduction":
+            for lines in dict.fromkeys(tuple(rows.values()) for rows in found):
+                fence = "`" * max(3, 1 + max(map(len, re.findall("`+", lines[-1])), default=0))
+                yield from (f"{fence}bash", *lines, fence, "")
+        elif any(found):
+            yield from section_lines(section, found, logs, text)
+            yield from (text(f"{section}_note"), "") if f"{section}_note" in TEXTS else ()
+        else:
+            why = text("separator").join(text(limit) for limit in sorted(NO_ACCURACY & limits))
+            yield from (why or text("accuracy_none"), "") if section == "accuracy" else ("-", "")
+    results = (f"{each['log']}: {each['result']}" for each in contents)
+    yield text("made").format(VERSION) + escape("; ".join(results))
+    yield from () if NO_NPU & limits else ("", "#+NPU")
+
+
+def publication(options: argparse.Namespace) -> int:
+    """Print the report for --report. Returns the exit status. stdout may be a model card: an error leaves it empty."""
+    try:
+        contents = [content(Log.read(path)) for path in options.report]
+    except CannotRun as problem:
+        warn_user(f"error: {problem}")
+        return 2
+    if options.json:
+        import json
+
+        print_line(json.dumps(contents, ensure_ascii=False, indent=1))
+    for line in () if options.json else markdown(contents, options.language):
+        print_line(line)
+    return 0
 
 
 # --- Several devices, under torchrun ----------------------------------------------------------------------------------
@@ -2888,7 +3106,9 @@ LIMITS_TEXT = (
     "err_fp64: against CPU float64. expected: C. cpu_err: e. max_elem: worst element / 32. WARN above 2 C + 64 e (half"
     " precision: 3 e), FAIL above 4 C + 256 e (6 e)"
 )
-PUBLISHED = Table(36, "max_abs:>8.1e", "mean_abs:>8.1e", "rel_l2:>8.1e", "nmae:>8.1e", "cosine:>10.7f")
+PUBLISHED = Table(34, "max_abs:>8.1e", "mean_abs:>8.1e", "rel_l2:>8.1e", "nmae:>8.1e", "cosine:>10.7f", "seeds:>5", "images:>6")
+PROBABILITIES = Table(34, "max_abs:>8.1e", "top1:>5", "inputs:>6")
+CPU_LATENCY = Table(22, "p50_ms:>8.5g", "batch:>5", "threads:>7")
 FASTEST = Table(34, "batch:>5", "images/s:>9.2f", "speedup:>7.2f", "err_fp64:>8.1e", "TFLOP/s:>7.3f", "share:>5.0%", "bar:<1")
 DEVICES = Table(12, "node:>4", "device:<8", "checks:>6", "failed:>6", "warned:>6", "err_fp64:>8.1e", "chip:<1")
 SPEED = Table(45, "old:>8.2f", "new:>8.2f", "ratio:>5.2f", "old_p50:>7.4g", "new_p50:>7.4g", "allowed:>7.0%")
@@ -3187,6 +3407,9 @@ def make_parser() -> argparse.ArgumentParser:
     result("--baseline", metavar="OLD.txt", help="compare with an earlier log; exit status 1 if something became worse")
     result("--compare", nargs=2, metavar=("OLD.txt", "NEW.txt"), help="only compare two logs, without a run")
     result("--max-slowdown", default=10.0, type=number, metavar="PERCENT", help="slowdown that a comparison tolerates")
+    result("--report", default=[], nargs="+", metavar="LOG", help="only print a section for a model card from logs, in Markdown")
+    result("--language", default="zh", choices=LANGUAGES, help="of that section")
+    result("--json", action="store_true", help="print its content as JSON")
     return parser
 
 
@@ -3197,6 +3420,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--img-size takes one number, or height and width")
     if "auto" in options.batch_sizes and len(options.batch_sizes) > 1:
         parser.error("--batch-sizes auto cannot be combined with numbers")
+    if options.json and not options.report:
+        parser.error("--json is for --report: a run writes its log")
     options.batch_sizes = [] if options.batch_sizes == ["auto"] else sorted(set(options.batch_sizes))
     return options
 
@@ -3205,7 +3430,7 @@ def command_line(options: argparse.Namespace) -> str:
     """The command with all options that change the experiment and are not the default."""
     words, defaults = ["validate_npu.py"], vars(parse_arguments([]))
     for name, value in vars(options).items():
-        if value != defaults[name] and name not in ("output", "baseline", "timeout", "strict", "max_slowdown"):
+        if value != defaults[name] and name not in ("output", "baseline", "timeout", "strict", "max_slowdown", "language"):
             values = (value or ["auto"]) if isinstance(value, list) else [] if value is True else [value]
             values = map(os.path.basename if name in ("weights", "image") else str, values)
             words += [f"--{name.replace('_', '-')}", *values]
@@ -3235,7 +3460,9 @@ def main(argv: list[str] | None = None) -> int:
             sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
         options = parse_arguments(argv)
         report.strict, report.output, report.timeout = options.strict, options.output, options.timeout
-        if options.compare:  # needs only the standard library
+        if options.report:  # needs only the standard library, like --compare
+            return publication(options)
+        if options.compare:
             old, new = map(Log.read, options.compare)
             report.line(f"validate_npu {VERSION}: comparison of {old.name} (old) and {new.name} (new)")
             report.add(compare_logs(old, new, options))
