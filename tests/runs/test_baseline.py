@@ -14,10 +14,9 @@ def test_a_run_is_compared_with_its_baseline(run):
     same = run(*KNOWN_TIME, KERNEL_TIME="Convolution=120")
     assert same.clean, same.stdout
     assert "\n[comparison] with validation_output.txt\n" in same.text
-    assert "changed lines          none" in same.text
     slow = run(*KNOWN_TIME, KERNEL_TIME="Convolution=180")
     assert slow.status == 1 and slow.result.startswith("RESULT: FAIL")
-    assert len(slow.failures) == 1 and slow.failures[0].startswith("FAIL speed: float32 1 of throughput: ")
+    assert len(slow.failures) == 1 and slow.failures[0].startswith("FAIL comparison.speed: throughput.float32.1: ")
     assert slow.path.read_text("utf-8") == slow.stdout, "the baseline was read before it was replaced"
 
 
@@ -26,19 +25,20 @@ def test_an_error_that_a_baseline_did_not_have_fails_the_run(run):
     assert run(*SMALL).clean
     done = run(*SMALL, "--baseline", "validation_output.txt", FAULT="LayerNorm:scale=1.01")
     assert done.status == 1
-    (outcomes,) = (failure for failure in done.failures if failure.startswith("FAIL outcomes: "))
-    assert "LayerNorm worst_of_13 of precision: PASS -> FAIL" in outcomes
-    (errors,) = (failure for failure in done.failures if failure.startswith("FAIL errors: "))
-    assert "embedding float32 of precision: " in errors
-    assert not any(failure.startswith(("WARN experiment", "FAIL checks")) for failure in done.failures)
+    (outcomes,) = (failure for failure in done.failures if failure.startswith("FAIL comparison.outcomes: "))
+    assert "precision.module.LayerNorm: new -> FAIL" in outcomes
+    (errors,) = (failure for failure in done.failures if failure.startswith("FAIL comparison.errors: "))
+    assert "precision.embedding.float32: err_fp64 " in errors
+    assert not any(failure.startswith(("WARN comparison.experiment", "FAIL comparison.checks")) for failure in done.failures)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         (None, "the log old.txt cannot be read"),
-        ("a poem\n", "old.txt is not a whole log of validate_npu.py"),
-        ("validate_npu 2.0: test_vit on cpu\n\n[1/5] device\n", "old.txt is not a whole log of validate_npu.py"),
+        ("a poem\n", "old.txt is not a complete log of validate_npu.py"),
+        ("validate_npu 2.0: test_vit on cpu\n\n[1/5] device\n", "old.txt is not a complete log of validate_npu.py"),
+        ("validate_npu 2.3: test_vit on cpu\n\nRESULT: PASS  1 checks\n", "old.txt is a log of version 2.3, this script is version"),
         (b"\xff\xfe\x00", "the log old.txt cannot be read"),
     ],
 )

@@ -86,7 +86,7 @@ def test_whatever_the_import_of_another_package_raises(tmp_path, package, raises
         ("share/info/runtime/version.info", "Version=9.1.0\n", "pip install torch==2.12.0 torch-npu==2.12.0 -r"),
         ("aarch64-linux/ascend_toolkit_install.info", "package_name=x\nversion=9.0.0\n", "torch==2.10.0 torch-npu==2.10.0"),
         ("aarch64-linux/ascend_toolkit_install.info", "version=8.1.RC1\n",
-         "README says which torch and torch_npu belong to CANN 8.1.RC1"),
+         "README lists torch and torch_npu for CANN 8.1.RC1"),
         ("nothing", "", f"pip install {CPU_BUILDS}"),
     ],
 )  # fmt: skip

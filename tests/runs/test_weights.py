@@ -41,7 +41,7 @@ def files():
 
 
 def weights_of(run):
-    return run.log.facts["weights SHA-256"]
+    return run.texts["model.weights_sha256"]
 
 
 def from_hub(folder, url, *arguments, **env):
@@ -59,7 +59,7 @@ def test_a_download_and_then_its_cache_with_the_server_gone(tmp_path, files):
     with HubServer(REPOSITORY, files, "flaky") as hub:
         first = from_hub(tmp_path, hub.url)
     assert first.clean, first.stderr
-    assert first.log.facts["weights"] == f"pretrained, {REPOSITORY}"
+    assert first.texts["model.weights"] == f"pretrained, {REPOSITORY}"
     assert weights_of(first) == v.sha256(drawn("test_vit").state_dict())
     assert sum("GET" in request and "model.safetensors" in request for request in hub.requests) == 1
     for env in ({"HF_HUB_OFFLINE": "1"}, {}):
@@ -154,7 +154,7 @@ def test_a_checkpoint_is_loaded(run, tmp_path, name, write):
     path = next(tmp_path.glob("weights.*"))
     done = run(*ONE, "--model", name, "--weights", path)
     assert done.clean, done.stdout + done.stderr
-    assert done.log.facts["weights"].startswith(f"file {path.name}")
+    assert done.texts["model.weights"].startswith(f"file {path.name}")
     assert weights_of(done) == v.sha256(state)
 
 
@@ -218,9 +218,9 @@ def as_type(dtype):
         (wrapped(teacher=dict, student=dict), "f.pth", "file f.pth, its teacher"),
         (wrapped(model=dict, model_ema=dict), "f.pth", "file f.pth, its model_ema"),
         (wrapped(model=dict, args=argparse.Namespace(lr=0.1), best=v.np.float64(0.8)), "f.pth", "file f.pth, its model"),
-        (prefixed("_orig_mod."), "f.pth", "file f.pth, without _orig_mod."),
-        (prefixed("model."), "f.pth", "file f.pth, without model."),
-        (prefixed("module.backbone."), "f.pth", "file f.pth, without module., without backbone."),
+        (prefixed("_orig_mod."), "f.pth", "file f.pth, prefix _orig_mod. stripped"),
+        (prefixed("model."), "f.pth", "file f.pth, prefix model. stripped"),
+        (prefixed("module.backbone."), "f.pth", "file f.pth, prefix module. stripped, prefix backbone. stripped"),
         (as_type(torch.float64), "f.safetensors", "file f.safetensors, from float64"),
     ],
     ids=["clone", "shards", "index", "model_state_dict", "teacher", "EMA", "training checkpoint", "compiled", "Lightning",
@@ -234,7 +234,7 @@ def test_weights_are_loaded_as_people_have_them(run, tmp_path, write, path, said
     write(state, folder)
     done = run(*ONE, "--weights", folder / path)
     assert done.clean, done.stdout + done.stderr
-    assert done.log.facts["weights"] == said and weights_of(done) == v.sha256(state)
+    assert done.texts["model.weights"] == said and weights_of(done) == v.sha256(state)
 
 
 @pytest.mark.parametrize(
@@ -253,8 +253,8 @@ def test_weights_that_make_another_model_of_it_say_so(run, tmp_path, write, said
     write(drawn("test_vit").state_dict(), tmp_path)
     done = run(*ONE, "--weights", next(tmp_path.glob("f.*")))
     assert done.clean, done.stdout + done.stderr
-    assert done.log.facts["weights"] == said
-    assert ("logits" in done.text) == (", 0 classes" not in said)
+    assert done.texts["model.weights"] == said
+    assert ("outputs.logits" in done.rows) == (", 0 classes" not in said)
 
 
 def changed(change):
@@ -273,7 +273,7 @@ def changed(change):
         (lambda state, path: path.write_text("<!doctype html><html>"), "it is a web page: download the file itself"),
         (lambda state, path: path.write_bytes(b""), "f.pth cannot be read: it is empty"),
         (changed(lambda x: x.flatten().index_fill(0, torch.tensor([3, 5]), math.nan).view_as(x)),
-         "is broken, whatever the device: 2 of 12288 values of blocks.0.mlp.fc1.weight are NaN or infinite"),
+         "has NaN or Inf in blocks.0.mlp.fc1.weight, so that it cannot validate a device"),
         (changed(lambda x: x.to(torch.int8)), "is quantised (blocks.0.mlp.fc1.weight is int8)"),
         (changed(lambda x: x.to(torch.float8_e4m3fn)), "is quantised (blocks.0.mlp.fc1.weight is float8_e4m3fn)"),
         (lambda state, path: torch.save({k: t * 0 for k, t in state.items()}, path), "f.pth is all zeros"),
@@ -297,9 +297,9 @@ def test_a_file_that_is_no_weights_is_named_for_what_it_is(run, tmp_path, write,
 def test_images_of_another_size(run, tmp_path, model, size):
     """Of a ViT the positions of the file are resampled; a CNN takes any size."""
     save_file(drawn(model).state_dict(), tmp_path / "f.safetensors")
-    done = run(*ONE, "--model", model, "--weights", "f.safetensors", "--input-size", *size)
+    done = run(*ONE, "--model", model, "--weights", "f.safetensors", "--img-size", *size)
     assert done.clean, done.stdout + done.stderr
-    assert done.log.facts["input"].startswith(f"3 x {size[0]} x {size[-1]}, ")
+    assert done.texts["model.preprocessing"].startswith(f"3x{size[0]}x{size[-1]} ")
 
 
 CONFIG = {
@@ -317,10 +317,10 @@ def test_a_model_with_one_class_and_one_channel(run, tmp_path):
     (tmp_path / "gray").mkdir()
     (tmp_path / "gray" / "config.json").write_text(json.dumps(config))
     pictures = [trained.photographs()[name] for name in ("chelsea", "coffee")]
-    done = run(*ONE, "--model", "local-dir:gray", "--input-size", "96", "--image", *pictures)
+    done = run(*ONE, "--model", "local-dir:gray", "--img-size", "96", "--image", *pictures)
     assert done.clean, done.stdout + done.stderr
-    assert done.log.facts["input"].startswith("1 x 96 x 96") and done.marks("top-1") == ["SKIP"]
-    assert done.rows("outputs")["logits", "pictures"]["shape"] == "2x1"
+    assert done.texts["model.preprocessing"].startswith("1x96x96 ") and done.mark("precision.top1") == "SKIP"
+    assert done.rows["outputs.logits"]["shape"] == "Bx1"
 
 
 def test_original_names_and_the_classes_of_a_convnext(run, tmp_path):
@@ -338,7 +338,7 @@ def test_original_names_and_the_classes_of_a_convnext(run, tmp_path):
     torch.save({"model": original}, tmp_path / "original.pth")
     done = run(*ONE, "--model", "convnext_atto", "--weights", "original.pth")
     assert done.clean, done.stdout + done.stderr
-    assert done.log.facts["weights"] == "file original.pth, its model, 7 classes, as in the file"
+    assert done.texts["model.weights"] == "file original.pth, its model, 7 classes, as in the file"
     assert weights_of(done) == v.sha256(model.state_dict())
 
 
@@ -410,10 +410,10 @@ def test_rope_periods_in_bfloat16_are_the_originals_and_change_the_outputs_a_lit
     model = (*ONE, "--model", "test_dinov3")
     plain, rounded = run(*model), run(*model, "--rope-bf16")
     assert plain.clean and rounded.clean, rounded.stdout
-    assert "RoPE periods in float32" in plain.log.facts["options"]
-    assert "RoPE periods in bfloat16" in rounded.log.facts["options"]
+    assert "RoPE" not in plain.texts["model.weights"]
+    assert rounded.texts["model.weights"].endswith(", RoPE periods rounded to bfloat16")
     assert weights_of(plain) == weights_of(rounded)
-    before, after = plain.rows("outputs"), rounded.rows("outputs")
+    before, after = plain.rows, rounded.rows
     for name in ("embedding", "tokens", "feature map 1", "feature map 2", "feature map 3"):
         assert before[name, "1"] != after[name, "1"], name
         assert float(after[name, "1"]["std"]) == pytest.approx(float(before[name, "1"]["std"]), rel=0.05)
