@@ -411,9 +411,7 @@ def model_stage(context: Context, probe: Probe) -> Stage[Loaded]:
     with torch.inference_mode():
         cpu_ms = [time_batch(cpu, inputs[:1], torch.device("cpu"))[1] for _ in range(2)]
     maps = find_feature_maps(options, cpu, inputs[:1])
-    # One input of each of several seeds, as published figures have it, then the first images.
-    seeded = [draw_inputs(1, inputs.shape[1:], options.seed + i) for i in range(PRECISION_SEEDS)]
-    references = make_references(context, probe, cpu, maps, torch.cat([*seeded, *([] if images is None else [images])]))
+    references = make_references(context, probe, cpu, maps, precision_inputs(context, inputs, images))
     seconds = f"load {load_seconds:.1f} s, first forward pass {first_seconds:.2f} s"
     seconds += " with kernel compilation" if device.type != "cpu" else ""
     yield Entry(VARIES, "model.time", f"{seconds}, references on the CPU {time.perf_counter() - started:.1f} s")
@@ -858,6 +856,13 @@ def fp32_tolerance(error: float, cost: float) -> Tolerance:
     """C x "expected cost" + e x "cpu error" of TOLERANCES. e is at least the rounding of float32."""
     factors, error = zip(TOLERANCES["expected cost"], TOLERANCES["cpu error"]), max(error, 2**-24)
     return Tolerance(*(cost_factor * cost + error_factor * error for cost_factor, error_factor in factors))
+
+
+def precision_inputs(context: Context, inputs: torch.Tensor, images: torch.Tensor | None) -> torch.Tensor:
+    """The inputs of stage 4: one of each of several seeds, as published figures have it, then the first images."""
+    seeds = range(context.options.seed, context.options.seed + PRECISION_SEEDS)
+    seeded = [draw_inputs(1, inputs.shape[1:], seed) for seed in seeds]
+    return torch.cat(seeded if images is None else [*seeded, images])
 
 
 def make_references(

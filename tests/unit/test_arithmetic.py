@@ -319,10 +319,10 @@ def test_a_model_in_which_no_product_is_intercepted_is_an_error(monkeypatch):
         with_references(context, loaded)
 
 
-def test_the_inputs_are_seeded_ones_then_the_first_images():
+def test_the_inputs_are_one_of_each_of_five_seeds_then_the_first_images():
     context, loaded = after_model_stage()
     images = torch.ones(2, 3, 160, 160)
-    seeded = v.draw_inputs(4, (3, 160, 160), seed=0)
+    seeded = torch.cat([v.draw_inputs(1, (3, 160, 160), seed) for seed in range(5)])
     assert torch.equal(v.precision_inputs(context, loaded.inputs, None), seeded)
     assert torch.equal(v.precision_inputs(context, loaded.inputs, images), torch.cat([seeded, images]))
 

@@ -258,8 +258,8 @@ def test_half_precision_is_judged_by_the_error_of_the_cpu_in_the_same_mode(mode,
     error = v.mode_units(context, loaded, v.MODES[mode])["logits"].cpu_error
     assert (1e-4 if "bf" not in mode else 1e-3) < error < 0.1
     # The difference is orthogonal to the error that the device has anyway, so that both add up to `times` that.
-    other = torch.randn(4, 1000, generator=torch.Generator().manual_seed(0)) * error * math.sqrt(times**2 - 1)
-    alter(loaded, "head", lambda x: x + other.to(x.dtype) * x.std() if x.dtype != torch.float32 and len(x) == 4 else x)
+    other = torch.randn(5, 1000, generator=torch.Generator().manual_seed(0)) * error * math.sqrt(times**2 - 1)
+    alter(loaded, "head", lambda x: x + other.to(x.dtype) * x.std() if x.dtype != torch.float32 and len(x) == 5 else x)
     entry = stage_4(context, loaded)[0][f"precision.logits.{mode}"]
     shown = cells(v.PRECISION, entry)
     assert entry.mark == outcome and shown["expected"] == "0.0e+00"
@@ -644,16 +644,17 @@ def test_the_nearest_neighbours_of_a_model_without_classes_are_compared(images):
     assert marks(drain(v.precision_stage(context, loaded))[0], "precision.nearest") == {"precision.nearest": FAIL}
 
 
-def test_the_published_check_has_the_figures_of_numpy(run):
+def test_published_figures_are_those_of_numpy_for_the_worst_of_five_seeds(run):
     context, loaded = run
     alter(loaded, "fc_norm", lambda x: x * 1.001)
     entries, _ = drain(v.precision_stage(context, loaded))
-    (entry,) = (entry for entry in entries if entry.id == "precision.published")
-    largest = np.abs(loaded.references.float32["embedding"]).max() * 1e-3
-    assert entry.mark == FACT and entry.text.startswith(
-        f"embedding against CPU float32: max abs {largest:.2e} (expected "
-    )
-    assert "published limit 0.01), mean abs " in entry.text and ", rel L2 1.00e-03, cosine 1.0000000" in entry.text
+    (entry,) = (entry for entry in entries if entry.id == "precision.published.embedding")
+    reference = loaded.references.float32["embedding"]
+    shown = cells(v.PUBLISHED, entry)
+    assert entry.mark == FACT and len(reference) == 5
+    assert float(shown["max_abs"]) == pytest.approx(np.abs(reference).max() * 1e-3, rel=0.06)
+    assert float(shown["mean_abs"]) == pytest.approx(np.abs(reference).mean(axis=1).max() * 1e-3, rel=0.06)
+    assert (shown["rel_l2"], shown["nmae"], shown["cosine"]) == ("1.0e-03", "1.0e-03", "1.0000000")
 
 
 def test_the_context_never_changes(run):

@@ -336,7 +336,7 @@ def test_a_wrong_weight_is_one_block_with_its_module_the_values_and_the_next_ste
     loaded = first_pass_again(loaded)
     checked, (block,) = after_stages_3_and_4(report, context, loaded)
     cause, *others = failed(report)
-    assert block.startswith(f"FAIL {cause}: batch size 4: error ") and cause == "precision.embedding.float32"
+    assert block.startswith(f"FAIL {cause}: batch size 5: error ") and cause == "precision.embedding.float32"
     assert "WARN above 4.1e-05, FAIL above 1.6e-04; NaN and Inf: device 0 and 0, reference 0 and 0" in block
     (found,) = (entry for entry in report.checks if entry.id == cause)
     assert found.details[1] in block and ": device " in found.details[1] and ", reference " in found.details[1]

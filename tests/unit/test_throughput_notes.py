@@ -30,8 +30,8 @@ HALF = dataclasses.replace(FASTER, mode=v.MODES["float16"])
         ([ONE_SLOW], "doubtful", None),
         ([dataclasses.replace(MEASURED, steady=False)], "not_steady", "float32 4: the latency was not stable to 2%"),
         ([MEASURED], "not_steady", None),
-        ([MEASURED, FASTER, NO_FASTER], "saturated", "float32 at batch size 8: twice as much gains under 5%"),
-        ([MEASURED, FASTER], "saturated", None),
+        ([MEASURED, FASTER, NO_FASTER], "saturated.float32", "float32 at batch size 8: twice as much gains under 5%"),
+        ([MEASURED, FASTER], "saturated.float32", None),
     ],
 )
 def test_the_table_is_explained(timings, name, text):
@@ -83,7 +83,7 @@ def test_the_fastest_mode_is_one_whose_error_is_at_most_max_error(errors, max_er
 @pytest.mark.parametrize("mode", ["hf32", "amp-float16", "bfloat16"])
 def test_modes_in_half_precision_have_a_share_of_the_float16_peak_of_the_chip(monkeypatch, mode):
     """No official figure is known for float32 or HF32."""
-    monkeypatch.setitem(v.FP16_PEAK, "cpu", 0.5)
+    monkeypatch.setitem(v.CHIPS, "cpu", ("", 0.5))
     rows, _ = fastest([MEASURED, dataclasses.replace(MEASURED, mode=v.MODES[mode])], {})
     rate = 400 * after_model_stage()[1].flops / 1e12
     share = f"{rate / 0.5:.0%}" if v.MODES[mode].in_half else "-"
