@@ -274,7 +274,7 @@ def validate(context: Context, report: Report, baseline: Log | None) -> int:
 
 def all_ranks_work(report: Report, ranks: Ranks, loaded: Loaded | None) -> Loaded | None:
     """`loaded` if the model runs on each device; else None, and a FAIL for each device on which it does not run."""
-    broken = [rank for rank, works in enumerate(ranks.gather("model", loaded is not None)) if not works]
+    broken = [rank for rank, works in enumerate(ranks.gather("the model runs", loaded is not None)) if not works]
     advice = "run it by itself for its whole log"
     report.add(Entry(FAIL, f"devices.{rank}", "the model does not run on it", advice=advice) for rank in broken if ranks.size > 1)
     return None if broken else loaded
