@@ -57,10 +57,11 @@ def test_a_fault_in_any_operator_is_flagged(shared, operator, kind):
     assert noticed(done) in (("FAIL",) if kind in PERSISTENT else ("FAIL", "WARN")), done.stdout
     module = OPERATORS[operator]
     if kind == "error=507015":
-        assert f"aclnn{operator} failed on the device" in done.stdout + done.stderr
+        assert f"aclnn{operator}: error code 507015" in " ".join((done.stdout + done.stderr).split())
     elif kind in PERSISTENT:
-        assert set(done.marks(module, "precision")) <= {"FAIL", "WARN"} != set(), done.stdout
-        assert operator != "Mean" or set(done.marks("tokens", "precision")) == {"PASS"}
+        assert set(done.marks(f"precision.module.{module}").values()) <= {"FAIL", "WARN"} != set(), done.stdout
+        assert done.marks(f"precision.module.{module}")
+        assert operator != "Mean" or set(done.marks("precision.tokens").values()) == {"PASS"}
 
 
 def other_checks(shared, name, **fault):
@@ -129,31 +130,30 @@ def test_one_percent_fails_on_a_trained_vit_too(run, operator, where):
     assert noticed(done) == "FAIL", done.stdout
 
 
-def outcomes(done, first_cell):
-    """name -> outcome of the rows of stage 4 whose first cell begins so."""
-    return {name: mark for (stage, name, cell), mark in done.log.marks.items() if "precision" in stage and cell.startswith(first_cell)}
+def outcomes(done, mode):
+    """The outcomes of all outputs in a mode."""
+    return {mark for id, mark in done.marks("precision.").items() if id.endswith(f".{mode}") and "module" not in id}
 
 
 @pytest.mark.parametrize("model", ["test_dinov3", "test_efficientnet"])
 def test_a_fault_of_the_reduced_precision_kernels_only_fails_where_they_run_and_not_strictly(run, model):
     done = run(*SMALL, "--model", model, FAULT="Convolution:scale=1.01,hf32")
     assert noticed(done) == "FAIL", done.stdout
-    assert set(outcomes(done, "float32_strict").values()) == {"PASS"}
-    assert outcomes(done, "worst_of_")["Conv2d"] == "PASS" and outcomes(done, "float32_of_")["Conv2d"] == "FAIL"
-    assert model != "test_dinov3" or ("Conv2d", "float32_of_1") in done.rows("precision")
+    assert outcomes(done, "strict") == {"PASS"} and "FAIL" in outcomes(done, "float32")
+    assert done.mark("precision.modules") == "PASS" and done.mark("precision.module.Conv2d.float32") == "FAIL"
 
 
 def test_hf32_in_matrix_products_that_nobody_asked_for_is_a_warning_in_the_strict_rows(run):
     done = run(*SMALL, HF32_MATMUL=1)
     assert noticed(done) == "WARN", done.stdout
-    assert set(outcomes(done, "float32_strict").values()) == {"WARN"} and done.marks("fewer bits") == ["WARN"]
-    assert "rounding the operands of all products to 10 bits would move embedding by" in done.log.facts["fewer bits"]
+    assert outcomes(done, "strict") == {"WARN"} and done.mark("device.fewer_bits") == "WARN"
+    assert "rounding all operands to 10 bits costs" in done.texts["precision.fewer_bits"]
 
 
 def test_the_i_bert_form_of_gelu_fails_and_is_named(run):
     done = run(*SMALL, GELU="ibert")
-    assert noticed(done) == "FAIL" and done.marks("GELU") == ["WARN", "FAIL"], done.stdout
-    assert set(outcomes(done, "float32_strict").values()) == {"FAIL"}
+    assert noticed(done) == "FAIL" and done.mark("device.gelu") == "WARN", done.stdout
+    assert done.mark("precision.module.GELU") == "FAIL" and outcomes(done, "strict") == {"FAIL"}
 
 
 def test_strict_makes_a_warning_fail(run):
@@ -161,6 +161,6 @@ def test_strict_makes_a_warning_fail(run):
 
 
 def test_faults_are_flagged_on_the_default_model_too(run):
-    done = run(*QUICK, "--batch-sizes", "1", "--input-size", "64", FAULT="Neg:scale=1.01")
-    assert noticed(done) == "FAIL" and done.marks("EvaAttention") == ["FAIL"]
-    assert math.isfinite(float(done.rows("precision")["EvaAttention", "worst_of_12"]["row"]))
+    done = run(*QUICK, "--batch-sizes", "1", "--img-size", "64", FAULT="Neg:scale=1.01")
+    assert noticed(done) == "FAIL" and done.mark("precision.module.EvaAttention") == "FAIL"
+    assert math.isfinite(float(done.rows["precision.module.EvaAttention"]["max_row"]))

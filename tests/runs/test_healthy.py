@@ -16,7 +16,7 @@ MODELS = {
     "random 1": ("--model", "test_dinov3", "--seed", "1"),
     "random 2": ("--model", "test_dinov3", "--seed", "2"),
     "trained ViT": ("--model", "test_trained_vit", "--image", *PICTURES.values()),
-    "trained CNN": ("--model", "efficientnet_lite0", "--input-size", "128", "--image", PICTURES["chelsea"]),
+    "trained CNN": ("--model", "efficientnet_lite0", "--img-size", "128", "--image", PICTURES["chelsea"]),
     "24 blocks": ("--model", "test_deep_vit"),
 }
 WEIGHTS = {"trained ViT": trained.dinov2_vit_small, "trained CNN": trained.efficientnet_lite0}
@@ -42,15 +42,18 @@ def test_a_healthy_device_passes_without_a_warning(run, model, hf32, gelu, pertu
     weights = ("--weights", WEIGHTS[model]()) if model in WEIGHTS else ()
     amp = ("--modes", "amp-float16", "amp-bfloat16")
     done = run(*QUICK, *MODELS[model], *weights, *amp, GELU=gelu, PERTURB=perturb, **HF32[hf32])
-    assert done.clean, done.stdout
+    if (model, hf32, perturb) == ("trained CNN", "off", 0):  # it equals the CPU bit for bit, which is worth a WARN
+        assert list(done.marks().values()).count("WARN") == 1 and done.mark("precision.is_device") == "WARN", done.stdout
+    else:
+        assert done.clean, done.stdout
     bits = {
-        "11 nearest": "11 bits (HF32, half away)",
-        "11 truncated": "11 bits (HF32, truncated)",
-        "10 bits": "10 bits (",
+        "11 nearest": "HF32 (11 bits, half away)",
+        "11 truncated": "HF32 (11 bits, truncated)",
+        "10 bits": "HF32/TF32 (10 bits, ",
     }
-    assert f"convolution {bits.get(hf32, '23 bits')}" in done.log.facts["fp32 is computed in"]
-    assert done.log.facts["fp32 is computed in"].endswith(f"GELU {gelu}")
-    assert done.marks("nearest") == ["PASS"] * (model == "trained ViT"), "without a classifier neighbours agree"
+    assert f"convolution {bits.get(hf32, 'float32')}" in done.texts["device.fp32_precision"]
+    assert done.texts["device.fp32_precision"].endswith(f"GELU in the {gelu} form" if gelu == "tanh" else "form")
+    assert done.mark("precision.nearest") == ("PASS" if model == "trained ViT" else None), "without a classifier neighbours agree"
 
 
 @pytest.mark.parametrize("kind", ["depthwise", "pointwise", "dense"])
@@ -88,13 +91,13 @@ def test_a_device_whose_kernels_are_chosen_by_size_passes(run, model, least):
     done = run(*QUICK, *which, weights() if callable(weights) else weights, HF32_FROM=least)
     assert done.clean, done.stdout
 
-    def figures(what):
-        rows = [row for key, row in done.rows("precision").items() if key[1] == what]
-        return [[float(row[column]) for column in ("row", "cost", "cpu")] for row in rows]
+    def figures(mode):
+        rows = [row for id, row in done.rows.items() if id.endswith(f".{mode}") and "expected" in row]
+        return [[float(row[column]) for column in ("max_row", "expected", "cpu_err")] for row in rows]
 
-    strict, as_run = figures("float32_strict"), figures("float32")
-    assert strict and all(row < 8 * cpu for row, _, cpu in strict)
-    assert as_run and all(row < 1.3 * cost + 8 * cpu for row, cost, cpu in as_run)
+    strict, default = figures("strict"), figures("float32")
+    assert strict and all(error < 8 * cpu for error, _, cpu in strict)
+    assert default and all(error < 1.6 * expected + 8 * cpu for error, expected, cpu in default)
 
 
 @pytest.mark.parametrize("rounding", ["even", "tuned"])
@@ -113,8 +116,8 @@ def test_trained_weights_and_the_road_from_file_to_label(run, tmp_path):
     model = ("--model", "efficientnet_lite0", "--weights", trained.efficientnet_lite0(), "--image", "pictures")
     done = run(*QUICK, *model, "--batch-sizes", "1", "--iters", "1")
     assert done.clean, done.stdout
-    shown = re.findall(r"picture +(\w+)\.\w+: (\w+) ([\d.]+) on CPU, (\w+) ([\d.]+) on npu", done.text)
+    shown = re.findall(r"precision\.image\.\d +(\w+)\.\w+: (\w+) ([\d.]+) on CPU, (\w+) ([\d.]+) on npu", done.text)
     labels = {picture: (cpu, npu) for picture, cpu, _, npu, _ in shown}
     assert labels == {"chelsea": ("tabby",) * 2, "coffee": ("espresso",) * 2, "rocket": ("missile",) * 2}
     assert all(abs(float(cpu) - float(npu)) < 0.02 for _, _, cpu, _, npu in shown)
-    assert done.marks("top-1") == ["PASS"] and "3 of 3 pictures agree" in done.text
+    assert done.mark("precision.top1") == "PASS" and "3 of 3 images agree" in done.text
