@@ -65,7 +65,8 @@ def test_a_photograph_goes_through_the_models_own_transforms(run):
     done = run(*REHEARSAL, "--image", photographs["chelsea"], photographs["rocket"])
     assert done.clean, done.stdout
     assert done.texts["run.command"].endswith("--image chelsea.png rocket.jpg")
-    assert done.mark("precision.top1") == PASS and "chelsea.png: " in done.texts["precision.image.1"]
+    assert done.texts["precision.image.1"].startswith("chelsea.png: ")
+    assert done.mark("precision.top1") == PASS
 
 
 def test_a_resnet_passes_and_what_it_lacks_is_left_out(run):
@@ -135,9 +136,9 @@ def test_the_log_in_the_repository_is_what_the_script_prints_today(run):
 
 
 def test_a_default_dry_run_fits_on_one_and_a_half_screens(run):
-    """70 lines, and the 8 lines of figures that are published."""
+    """70 lines, and those of the figures that are published."""
     done = run("--device", "cpu", "--weights", "random", "--warmup", "0", "--iters", "1")
-    assert done.clean and len(done.text.splitlines()) <= 80, len(done.text.splitlines())
+    assert done.clean and len(done.text.splitlines()) <= 86, len(done.text.splitlines())
     assert not [line for line in done.text.splitlines() if len(line) > 99]
 
 
