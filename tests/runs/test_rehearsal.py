@@ -64,7 +64,7 @@ def test_a_photograph_goes_through_the_models_own_transforms(run):
     photographs = trained.photographs()
     done = run(*REHEARSAL, "--image", photographs["chelsea"], photographs["rocket"])
     assert done.clean, done.stdout
-    assert done.texts["run.command"].endswith("--image chelsea.png rocket.jpg")
+    assert "--image chelsea.png rocket.jpg" in done.texts["run.command"]
     assert done.texts["precision.image.1"].startswith("chelsea.png: ")
     assert done.mark("precision.top1") == PASS
 
