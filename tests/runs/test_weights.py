@@ -102,7 +102,7 @@ def read(terminal):
         ("storage out of reach", "Connection refused): the hub answers, but the file's storage does not, or breaks off"),
         (
             "stall",
-            "set HF_ENDPOINT=https://hf-mirror.com where huggingface.co is out of reach, or use --weights FILE or random",
+            "set HF_ENDPOINT=https://hf-mirror.com if huggingface.co cannot be reached, or use --weights FILE or random",
         ),
     ],
 )
