@@ -2269,8 +2269,8 @@ def report_rows(log: Log) -> dict[str, dict[str, dict[str, str]]]:
     for name, (_, cells) in rows_of(log, "throughput.", "p99").items():
         mode, _, batch = name.rpartition(".")
         found = {"mode": mode, "batch": batch, "mean_ms": cells.get("mean")}
-        if rate := float(cells["images/s"]):
-            found["ms_per_image"] = f"{1000 / rate:.4g}"
+        rate, mean = float(cells["images/s"]), float(cells.get("mean", 0))  # the rate has two decimals
+        found["ms_per_image"] = f"{mean / int(batch) or 1000 / rate:.4g}" if mean or rate else ""
         if batch == cpu.get("batch") and log.texts["device.name"] != "cpu":
             found["speedup"] = f"{float(cpu['p50_ms']) / float(cells['p50']):.2f}"
         rows["performance"][name] = cells | found
