@@ -1100,9 +1100,11 @@ def precision_stage(context: Context, loaded: Loaded) -> Stage[Precision]:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / GIB
     passes = f"{seconds:.1f} s with references, {seconds / references.pass_seconds:.1f} x a float32 pass on the CPU"
     yield Entry(VARIES, "precision.time", f"{passes}; peak {peak:.1f} GiB")
-    bad = [f"{module.name} ({module.kind}, {module.found.error:.1e} > {module.tolerance.limit(module.mark):.1e})"
-           for module in modules if module.mark != PASS]  # fmt: skip
-    return Precision(main, errors, tolerances, costs, bad)
+    bad = {}  # the first of each module, which may fail in strict mode and by default
+    for module in (module for module in modules if module.mark != PASS):
+        limit = module.tolerance.limit(module.mark)
+        bad.setdefault(module.name, f"{module.name} ({module.kind}, {module.found.error:.1e} > {limit:.1e})")
+    return Precision(main, errors, tolerances, costs, list(bad.values()))
 
 
 def run_modes(context: Context, loaded: Loaded) -> dict[Mode, dict[str, tuple[np.ndarray, ...]] | str]:
@@ -3231,7 +3233,9 @@ class Report:
                 text = f"{len(others)} more check{'s' * (len(others) > 1)} {verb} after it: {', '.join(others)}"
                 yield textwrap.shorten(text, WIDTH - 5, placeholder=" ...")
         apart = any(entry.numeric and entry.mark != PASS for entry in self.checks if entry.stage == "precision")
-        if bad:
+        if cause.stage == "device" and cause.advice:
+            yield f"next: {cause.advice}"
+        elif bad:
             yield f"next: run {bad[0].split(' ')[0]} by itself on the device and on the CPU"
         elif checked and cause.stage == "outputs" and not (apart and cause.id != "outputs.determinism"):
             yield "next: stage 4 found no cause, the error did not come back: it is transient; repeat with --duration 600"

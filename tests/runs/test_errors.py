@@ -31,7 +31,7 @@ def make_files(folder):
     save_file(timm.create_model("test_vit2").state_dict(), folder / "test_vit2.safetensors")
     (folder / "pickle.pth").write_bytes(pickle.dumps(Touch()))
     torch.save({"state_dict": Touch()}, folder / "zipped-pickle.pth")
-    (folder / "text.png").write_text("this is no picture")
+    (folder / "text.png").write_text("this is no image")
     (folder / "folder").mkdir()
 
 
@@ -42,7 +42,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def is_told(done, message):
+def is_refused(done, message):
     assert done.status == 2, done.stdout
     assert len(done.errors) == 1 and message in done.errors[0], done.stderr
     assert "Traceback" not in done.stderr + done.stdout
@@ -98,11 +98,11 @@ def is_told(done, message):
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_the_message_says_what_to_do(run, folder, arguments, message):
-    is_told(run(*REHEARSAL, *arguments), message)
+    is_refused(run(*REHEARSAL, *arguments), message)
 
 
 @pytest.mark.parametrize("arguments", [("--model", "no_such_vit"), ("--weights", "nowhere"), ("--image", "nowhere")])
-def test_what_can_be_known_at_once_is_told_before_the_device_is_asked(run, arguments):
+def test_what_can_be_known_at_once_is_refused_before_the_device_is_asked(run, arguments):
     done = run(*REHEARSAL, *arguments)
     assert done.status == 2 and "[1/5]" not in done.stdout, done.stdout
 
@@ -124,13 +124,13 @@ def test_numbers_are_taken_as_people_write_them():
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )  # fmt: skip
-def test_the_message_says_what_to_do_where_the_environment_is_another(folder, arguments, message):
+def test_the_message_says_what_to_do_without_cann_and_without_a_hub(folder, arguments, message):
     """In a fresh process without CANN. A closed port of this machine stands for a hub that is out of reach."""
     done = start([*REHEARSAL, *arguments], folder, {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(folder)})
     no_answer = [line for line in done.errors if "does not answer" in line]
     assert bool(no_answer) == ("pretrained" in arguments)
     done.stderr = done.stderr.replace("".join(no_answer), "")
-    is_told(done, message)
+    is_refused(done, message)
 
 
 def test_without_torch_npu_it_says_which_version_to_install(tmp_path):

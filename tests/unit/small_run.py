@@ -66,7 +66,7 @@ def first_pass_again(loaded):
 def with_references(context, loaded, **changes):
     """The same with references for changed fields, such as another probe or CPU model."""
     loaded = loaded._replace(**changes)
-    inputs = v.precision_inputs(context, loaded.inputs, loaded.images)
+    inputs = loaded.references.inputs
     return loaded._replace(references=v.make_references(context, loaded.probe, loaded.cpu, loaded.maps, inputs))
 
 

@@ -319,12 +319,17 @@ def test_a_model_in_which_no_product_is_intercepted_is_an_error(monkeypatch):
         with_references(context, loaded)
 
 
-def test_the_inputs_are_one_of_each_of_five_seeds_then_the_first_images():
-    context, loaded = after_model_stage()
-    images = torch.ones(2, 3, 160, 160)
-    seeded = torch.cat([v.draw_inputs(1, (3, 160, 160), seed) for seed in range(5)])
-    assert torch.equal(v.precision_inputs(context, loaded.inputs, None), seeded)
-    assert torch.equal(v.precision_inputs(context, loaded.inputs, images), torch.cat([seeded, images]))
+@pytest.mark.parametrize("seed", [0, 7])
+def test_the_inputs_are_one_of_each_of_five_seeds_then_the_first_images(tmp_path, seed):
+    from PIL import Image
+
+    for i in range(5):
+        Image.new("RGB", (50, 50), (50 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    _, loaded = after_model_stage("--image", tmp_path, "--seed", seed)
+    seeded, images = loaded.references.inputs[:5], loaded.references.inputs[5:]
+    assert torch.equal(seeded, torch.cat([v.draw_inputs(1, (3, 160, 160), seed + i) for i in range(5)]))
+    assert torch.equal(images, loaded.images) and len(images) == v.FIRST_IMAGES == 4
+    assert torch.equal(seeded[:1], loaded.inputs[:1]), "the reference of the first forward pass is that of image 0"
 
 
 # --- limits of two outputs in float32 ---------------------------------------------------------------------------------

@@ -637,6 +637,16 @@ def test_a_device_that_mixes_up_the_classes_fails(images):
     assert marks(drain(v.precision_stage(context, loaded))[0], "precision.top1") == {"precision.top1": FAIL}
 
 
+def test_the_predictions_of_a_model_with_one_class_are_not_compared(images):
+    context, loaded = after_model_stage("--image", images)
+    alike = [copy.deepcopy(loaded.cpu) for _ in range(2)]
+    for model in alike:
+        model.reset_classifier(1)
+    loaded = loaded._replace(cpu=alike[0], device=alike[1])
+    (entry,) = v.compare_predictions(context, loaded)
+    assert (entry.mark, entry.id, entry.text) == (SKIP, "precision.top1", "the model has one class")
+
+
 def test_the_nearest_neighbours_of_a_model_without_classes_are_compared(images):
     context, loaded = after_model_stage("--image", images, "--model", "test_dinov3")
     assert marks(drain(v.precision_stage(context, loaded))[0], "precision.nearest") == {"precision.nearest": PASS}
@@ -644,17 +654,80 @@ def test_the_nearest_neighbours_of_a_model_without_classes_are_compared(images):
     assert marks(drain(v.precision_stage(context, loaded))[0], "precision.nearest") == {"precision.nearest": FAIL}
 
 
-def test_published_figures_are_those_of_numpy_for_the_worst_of_five_seeds(run):
-    context, loaded = run
-    alter(loaded, "fc_norm", lambda x: x * 1.001)
-    entries, _ = drain(v.precision_stage(context, loaded))
-    (entry,) = (entry for entry in entries if entry.id == "precision.published.embedding")
-    reference = loaded.references.float32["embedding"]
-    shown = cells(v.PUBLISHED, entry)
-    assert entry.mark == FACT and len(reference) == 5
-    assert float(shown["max_abs"]) == pytest.approx(np.abs(reference).max() * 1e-3, rel=0.06)
-    assert float(shown["mean_abs"]) == pytest.approx(np.abs(reference).mean(axis=1).max() * 1e-3, rel=0.06)
-    assert (shown["rel_l2"], shown["nmae"], shown["cosine"]) == ("1.0e-03", "1.0e-03", "1.0000000")
+# --- facts for a report -----------------------------------------------------------------------------------------------
+
+
+def facts(context, loaded, change=None):
+    """The facts of stage 4 by id, if the device adds `change` to the logits of the five seeded inputs."""
+    if change is not None:
+        alter(loaded, "head", lambda x: x + change if x.shape == change.shape else x)
+    return {entry.id: entry for entry in drain(v.precision_stage(context, loaded))[0] if entry.mark == FACT}
+
+
+CHANGE = torch.randn(5, 1000, generator=torch.Generator().manual_seed(0)) * torch.tensor([1, 1, 1, 9, 1])[:, None] / 20
+
+
+def test_published_figures_are_those_of_numpy_for_the_worst_image(run):
+    cpu = run[1].references.float32["logits"].astype(np.float64)
+    difference = CHANGE.numpy().astype(np.float64)
+    device = cpu + difference
+    size, norm = np.abs(difference), np.linalg.norm
+    shown = cells(v.PUBLISHED, facts(*run, CHANGE)["precision.published.logits"])
+    worst = {name: float(shown[name]) for name in ("max_abs", "mean_abs", "rel_l2", "nmae")}
+    assert worst == pytest.approx({
+        "max_abs": size.max(),
+        "mean_abs": size.mean(1).max(),
+        "rel_l2": (norm(difference, axis=1) / norm(cpu, axis=1)).max(),
+        "nmae": (size.mean(1) / np.abs(cpu).mean(1)).max(),
+    }, rel=0.05)  # fmt: skip
+    cosine = ((device * cpu).sum(1) / norm(device, axis=1) / norm(cpu, axis=1)).min()
+    assert float(shown["cosine"]) == pytest.approx(cosine, abs=1e-6) and cosine < 0.999
+    assert (shown["seeds"], shown["images"]) == ("5", "0")
+
+
+def test_each_output_has_published_figures(run):
+    assert {f"precision.published.{name}" for name in OUTPUTS} <= facts(*run).keys()
+
+
+def test_the_first_values_of_both_sides_and_the_probabilities_are_printed(run):
+    cpu = run[1].references.float32["logits"]
+    device = cpu + CHANGE.numpy()
+    found = facts(*run, CHANGE)
+    for place, output in (("CPU", cpu), ("cpu", device)):
+        start, _, values = found[f"precision.first_values.{place}"].text.partition(": ")
+        assert start == "logits, image 0"
+        assert [float(value) for value in values.split()] == pytest.approx(output[0, :5].tolist(), rel=1e-4)
+    probabilities = [torch.softmax(torch.from_numpy(rows), -1) for rows in (device, cpu)]
+    shown = cells(v.PROBABILITIES, found["precision.probabilities"])
+    assert float(shown["max_abs"]) == pytest.approx(float((probabilities[0] - probabilities[1]).abs().max()), rel=0.05)
+    same = int(np.sum(device.argmax(1) == cpu.argmax(1)))
+    assert (shown["top1"], shown["inputs"]) == (str(same), "5") and same < 5
+
+
+def test_a_model_without_classes_has_no_probabilities():
+    assert "precision.probabilities" not in facts(*after_model_stage("--model", "test_dinov3"))
+
+
+@pytest.mark.parametrize(
+    ("precision", "factor", "model", "warned"),
+    [
+        ("HF32", 1, "test_vit", True),
+        ("HF32", 1 + 1e-6, "test_vit", False),
+        ("float32", 1, "test_vit", False),
+        ("HF32", 1, "test_vit_without_convolution", False),
+    ],
+)
+def test_a_device_that_equals_the_cpu_bit_for_bit_although_it_reduces_convolutions_is_a_warning(
+    precision, factor, model, warned
+):
+    """It may not have computed at all."""
+    context, loaded = after_model_stage("--model", model)
+    documented = {"convolution": precision, "matmul": "float32"}
+    npu = dataclasses.replace(context, device=torch.device("cuda"), documented=documented)
+    outputs = {name: (output * np.float32(factor),) for name, output in loaded.references.float32.items()}
+    assert marks(v.explain_precision(npu, loaded, {v.FLOAT32: outputs}, {})) == (
+        {"precision.is_device": WARN} if warned else {}
+    )
 
 
 def test_the_context_never_changes(run):

@@ -83,7 +83,7 @@ def test_the_fastest_mode_is_one_whose_error_is_at_most_max_error(errors, max_er
 @pytest.mark.parametrize("mode", ["hf32", "amp-float16", "bfloat16"])
 def test_modes_in_half_precision_have_a_share_of_the_float16_peak_of_the_chip(monkeypatch, mode):
     """No official figure is known for float32 or HF32."""
-    monkeypatch.setitem(v.CHIPS, "cpu", ("", 0.5))
+    monkeypatch.setitem(v.CHIPS, "cpu", ("a family", 0.5))
     rows, _ = fastest([MEASURED, dataclasses.replace(MEASURED, mode=v.MODES[mode])], {})
     rate = 400 * after_model_stage()[1].flops / 1e12
     share = f"{rate / 0.5:.0%}" if v.MODES[mode].in_half else "-"

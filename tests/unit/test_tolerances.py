@@ -113,9 +113,15 @@ def speed_with_large_spreads():
 
 
 def steady():
-    """The latency of a batch grows by 1 % in each."""
-    times = (1.01**i for i in itertools.count())
-    return v.warm_up(lambda: time.sleep(0.001) or next(times), 20, 0.0, 0.1)
+    """The latency of each batch is 1 % above that of the batch before; after 40 batches the time is over."""
+    numbers = itertools.count(1)
+
+    def run_batch():
+        number = next(numbers)
+        time.sleep(number > 40)
+        return 1.01**number
+
+    return v.warm_up(run_batch, 20, 0.0, 1.0)
 
 
 def sustained(monkeypatch):
