@@ -79,10 +79,11 @@ def test_a_card_that_cannot_run_the_model_is_named(validate):
     assert any(line.startswith("FAIL devices.1: the model does not run on it") for line in done.failures), done.stdout
 
 
+@pytest.mark.timing
 def test_a_card_that_hangs_is_named_in_the_log(validate):
     start = time.monotonic()
-    done = validate(2, "--timeout", "15", FAULT="Addmm:hang,from=60,device=1")
-    assert time.monotonic() - start < 90
+    done = validate(2, "--timeout", "30", FAULT="Addmm:hang,from=60,device=1")
+    assert time.monotonic() - start < 120
     assert done.status == 1 and exit_codes(done.stderr)[1] == 2, done.stderr
     assert any(re.match(r"FAIL devices\.1: does not answer since stage \w+: its process ended or hangs ", x) for x in done.failures)
     assert done.result.startswith("RESULT: FAIL")
@@ -137,11 +138,12 @@ def test_a_killed_rank_ends_the_run_and_is_named_in_the_log(tmp_path):
 
 
 @pytest.mark.full
+@pytest.mark.timing
 def test_a_rank_that_no_longer_runs_and_did_not_end_is_named_in_the_log(tmp_path):
     """A stopped process: nothing but the other rank's waiting time can end this run. torchrun kills it after 30 s."""
-    process = under_way(tmp_path, "[3/5]", "--timeout", "15")
+    process = under_way(tmp_path, "[3/5]", "--timeout", "30")
     os.kill(process_of(1, process.pid), signal.SIGSTOP)
-    _, stderr = process.communicate(timeout=200)
+    _, stderr = process.communicate(timeout=300)
     assert process.returncode == 1 and exit_codes(stderr)[0] == 1, stderr
     assert is_named_as_lost(tmp_path, 1), stderr
 
@@ -164,10 +166,10 @@ def test_a_signal_ends_ranks_that_hang_at_once_and_leaves_the_log(tmp_path, numb
 
 @pytest.mark.timing
 def test_a_rank_that_waits_for_a_late_one_is_not_ended_by_its_own_timeout(validate, tmp_path):
-    late = ["bash", "-c", '[ $RANK = 0 ] || sleep 20; exec "$@"', "bash", sys.executable]
+    late = ["bash", "-c", '[ $RANK = 0 ] || sleep 40; exec "$@"', "bash", sys.executable]
     env = environment(DEVICES=2) | {"OMP_NUM_THREADS": "1"}
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--no-python", *late]
-    done = start([*SMALL, "--timeout", "15"], tmp_path, env, launcher)
+    done = start([*SMALL, "--timeout", "30"], tmp_path, env, launcher)
     assert done.clean, done.stdout + done.stderr
 
 
