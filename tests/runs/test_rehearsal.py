@@ -1,14 +1,15 @@
 """What a run promises, seen on a rehearsal: the script is run as a user does, and its log is read."""
 
+import os
+import pty
 import re
-import shlex
 import subprocess
 import sys
 import time
 
 import pytest
 import trained
-from conftest import REHEARSAL, ROOT, SMALL, start
+from conftest import REHEARSAL, ROOT, SCRIPT, SMALL, start
 
 import validate_npu
 from validate_npu import PASS, Log
@@ -121,30 +122,58 @@ def test_help_and_usage_errors_do_not_wait_for_torch(tmp_path):
         assert min(seconds) < 0.3
 
 
-def test_the_log_in_the_repository_is_what_the_script_prints_today(run):
+DEFAULT = ("--device", "cpu", "--weights", "random", "--warmup", "0", "--iters", "1")  # but for its number of batches
+
+
+@pytest.fixture
+def dry_run(shared):
+    done = shared("dry_run", DEFAULT)
+    assert done.clean, done.stdout
+    return done
+
+
+def test_the_log_in_the_repository_is_what_the_script_prints_today(dry_run):
     """Stages, tables, checks and their outcomes are the same; numbers are those of the machine that made the log."""
     shown = subprocess.run(["git", "show", "HEAD:validation_output.txt"], cwd=ROOT, capture_output=True, text=True)
     published = shown.stdout if shown.returncode == 0 else (ROOT / "validation_output.txt").read_text("utf-8")
-    today = run("--device", "cpu", "--weights", "random", "--warmup", "0", "--iters", "1")
-    assert today.clean, today.stdout
     published = Log("published", published.splitlines())
 
     varying = {"device.environment", "device.torchvision", "throughput.not_steady", "throughput.doubtful"}
-    varying |= {id for log in (today.log, published) for id in log.texts if id.startswith("throughput.saturated")}
-    assert set(today.texts) - varying == set(published.texts) - varying
-    assert today.log.marks == published.marks and today.rows.keys() == published.rows.keys()
+    varying |= {id for log in (dry_run.log, published) for id in log.texts if id.startswith("throughput.saturated")}
+    assert set(dry_run.texts) - varying == set(published.texts) - varying
+    assert dry_run.log.marks == published.marks and dry_run.rows.keys() == published.rows.keys()
 
 
-def test_a_default_dry_run_fits_on_one_and_a_half_screens(run):
-    """70 lines, and those of the figures that are published."""
-    done = run("--device", "cpu", "--weights", "random", "--warmup", "0", "--iters", "1")
-    assert done.clean and len(done.text.splitlines()) <= 86, len(done.text.splitlines())
-    assert not [line for line in done.text.splitlines() if len(line) > 99]
+def test_no_line_of_a_default_dry_run_is_over_99_columns(dry_run):
+    assert not [line for line in dry_run.text.splitlines() if len(line) > 99]
+
+
+@pytest.mark.parametrize(
+    "most", [86, pytest.param(70, marks=pytest.mark.xfail(strict=True, reason="it has 85: remove this line when it is met"))]
+)
+def test_a_default_dry_run_fits_on_one_and_a_half_screens(dry_run, most):
+    assert len(dry_run.text.splitlines()) <= most
+
+
+def test_two_default_dry_runs_differ_only_in_lines_that_begin_with_a_tilde(dry_run, run):
+    first, second = ([line for line in done.text.splitlines() if line[:1] != "~"] for done in (dry_run, run(*DEFAULT)))
+    assert first == second
 
 
 def test_marks_are_in_colour_on_a_terminal_only(rehearsal, tmp_path):
-    assert "\x1b" not in rehearsal.stdout
-    command = ["script", "-qec", shlex.join(map(str, [sys.executable, ROOT / "validate_npu.py", *REHEARSAL])), "/dev/null"]
-    shown = subprocess.run(command, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    assert "\x1b[32mPASS\x1b[0m device.matmul" in shown.stdout, shown.stdout
-    assert "\x1b" not in (tmp_path / "validation_output.txt").read_text("utf-8")
+    terminal, stdout = pty.openpty()
+    process = subprocess.Popen([sys.executable, SCRIPT, *REHEARSAL], cwd=tmp_path, stdout=stdout)
+    os.close(stdout)
+    shown = b""
+    while chunk := read_terminal(terminal):
+        shown += chunk
+    assert process.wait() == 0
+    assert b"\x1b[32mPASS\x1b[0m device.matmul" in shown, shown
+    assert "\x1b" not in rehearsal.stdout + (tmp_path / "validation_output.txt").read_text("utf-8")
+
+
+def read_terminal(terminal):
+    try:
+        return os.read(terminal, 4096)
+    except OSError:  # the other side of a terminal is closed
+        return b""
