@@ -42,7 +42,7 @@ def test_a_healthy_device_passes_without_a_warning(run, model, hf32, gelu, pertu
     weights = ("--weights", WEIGHTS[model]()) if model in WEIGHTS else ()
     amp = ("--modes", "amp-float16", "amp-bfloat16")
     done = run(*QUICK, *MODELS[model], *weights, *amp, GELU=gelu, PERTURB=perturb, **HF32[hf32])
-    if (model, hf32, perturb) == ("trained CNN", "off", 0):  # it equals the CPU bit for bit, which is worth a WARN
+    if (hf32, perturb) == ("off", 0) and (gelu == "erf" or model == "trained CNN"):  # no NPU equals the CPU bit for bit
         assert list(done.marks().values()).count("WARN") == 1 and done.mark("precision.is_device") == "WARN", done.stdout
     else:
         assert done.clean, done.stdout
