@@ -51,8 +51,8 @@ def test_a_healthy_device_passes_without_a_warning(run, model, hf32, gelu, pertu
         "11 truncated": "HF32 (11 bits, truncated)",
         "10 bits": "HF32/TF32 (10 bits, ",
     }
-    assert f"convolution {bits.get(hf32, 'float32')}" in done.texts["device.fp32_precision"]
-    assert done.texts["device.fp32_precision"].endswith(f"GELU in the {gelu} form" if gelu == "tanh" else "form")
+    assert f"convolution {bits.get(hf32, 'float32')}" in done.texts["device.fp32"]
+    assert done.texts["device.fp32"].endswith(f"GELU in the {gelu} form" if gelu == "tanh" else "form")
     assert done.mark("precision.nearest") == ("PASS" if model == "trained ViT" else None), "without a classifier neighbours agree"
 
 

@@ -100,6 +100,16 @@ def test_a_device_that_hangs_is_ended_by_the_timeout(run, tmp_path):
     assert done.stdout.splitlines()[-1].startswith("RESULT: NOT RUN  (exit status 2") and done.text == OLD_LOG
 
 
+def test_a_device_that_hangs_after_an_error_is_lost_and_the_log_is_written(tmp_path):
+    """The check after an error is the second Matmul. torch_npu itself waits without end for its queue after some errors, one run in four."""
+    faults = {"SYNCHRONIZE_ERROR": "507015,from=30,once", "FAULT": "Matmul:hang,from=2"}
+    run = Process(tmp_path, *SMALL, env=environment(**faults))
+    assert run.end() == 1, run.stderr
+    assert run.log != OLD_LOG and run.seen[-1].startswith("RESULT: FAIL")
+    skipped = [line for line in run.seen if "the device no longer works after the error above" in line]
+    assert skipped and all(line.startswith("SKIP ") for line in skipped)
+
+
 # --- files and streams ------------------------------------------------------------------------------------------------
 
 

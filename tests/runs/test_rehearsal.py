@@ -148,11 +148,8 @@ def test_no_line_of_a_default_dry_run_is_over_99_columns(dry_run):
     assert not [line for line in dry_run.text.splitlines() if len(line) > 99]
 
 
-@pytest.mark.parametrize(
-    "most", [86, pytest.param(70, marks=pytest.mark.xfail(strict=True, reason="it has 85: remove this line when it is met"))]
-)
-def test_a_default_dry_run_fits_on_one_and_a_half_screens(dry_run, most):
-    assert len(dry_run.text.splitlines()) <= most
+def test_a_default_dry_run_has_at_most_70_lines(dry_run):
+    assert len(dry_run.text.splitlines()) <= 70
 
 
 def test_two_default_dry_runs_differ_only_in_lines_that_begin_with_a_tilde(dry_run, run):

@@ -74,7 +74,7 @@ def test_an_incorrect_matrix_product_fails(device, outcome):
 def test_the_facts_of_a_bug_report_are_in_stage_1():
     entries, probe = drain(v.device_stage(new_context()))
     facts = {entry.id: entry.text for entry in entries if entry.mark == FACT}
-    assert facts["device.name"] == "cpu" and facts["device.fp32_precision"] == str(probe)
+    assert facts["device.name"] == "cpu" and facts["device.fp32"] == str(probe)
     assert f"torch {torch.__version__}, timm {v.timm.__version__}, numpy " in facts["device.software"]
     assert " GiB, " in facts["device.host"] and facts["device.host"].rpartition(" cores")[1]
 
@@ -471,7 +471,7 @@ def test_timed_outputs_are_judged_by_the_limit_of_their_mode(mode, found, outcom
     *_, entry = v.judge_timed_outputs([*eager, *altered], checked)
     assert (entry.id, entry.mark) == (f"throughput.outputs.{mode.name}", outcome)
     reference = f"{mode.base} without graph" if mode.graph else "stage 3"
-    what = f"{altered[i if found is not EQUAL else 0].batch} against {reference}"
+    what = f"batch size {altered[i if found is not EQUAL else 0].batch} against {reference}"
     assert entry.text.startswith(f"{what}: error {found.error:.1e}, limit ")
     limit = tolerances[mode.base].limit(outcome)
     assert entry.text.endswith(f", limit {limit:.1e}, used {v.used_text(found.error, limit)}")
@@ -505,7 +505,7 @@ def test_every_timed_batch_is_compared(batch, call, outcome, change):
     alter(outputs.loaded, "", Counted(call, change, batch))
     found = checks(drain(v.throughput_stage(context, outputs, checked))[0])
     assert marks(found.values()) == {"throughput.outputs.float32": outcome}
-    assert outcome == PASS or found["throughput.outputs.float32"].problem.startswith(f"{batch} against stage 3: error ")
+    assert outcome == PASS or found["throughput.outputs.float32"].problem.startswith(f"batch size {batch} against stage 3: error ")
 
 
 def test_without_warm_up_only_the_first_batch_and_those_that_are_timed_run():

@@ -132,10 +132,10 @@ def steady(rehearsal):
         (without("PASS outputs.embedding"), {"checks": "FAIL: outputs.embedding"}),
         (without(r"~    throughput\.float32\.3"), {"checks": "FAIL: throughput.float32.3"}),
         (replaced("--model test_vit", "--model test_vit2"), {"experiment": "WARN: run.command: validate_npu.py"}),
-        (replaced("device.name            cpu", "device.name  npu:0, Ascend910B4"),
+        (replaced("device.name          cpu", "device.name  npu:0, Ascend910B4"),
          {"experiment": "WARN: device.name: cpu -> npu:0, Ascend910B4"}),
-        (replaced("weights_sha256   ", "weights_sha256   0"), {"experiment": "WARN: model.weights_sha256: "}),
-        (replaced("inputs_sha256    ", "inputs_sha256    0"), {"experiment": "WARN: model.inputs_sha256: "}),
+        (replaced("weights_sha256 ", "weights_sha256 0"), {"experiment": "WARN: model.weights_sha256: "}),
+        (replaced("inputs_sha256  ", "inputs_sha256  0"), {"experiment": "WARN: model.inputs_sha256: "}),
         (without(" +model.inputs_sha256 "), {"experiment": "WARN: model.inputs_sha256: "}),
     ],
 )  # fmt: skip

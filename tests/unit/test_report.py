@@ -63,7 +63,7 @@ def test_entries_of_all_kinds_may_follow_each_other():
 
 def test_an_entry_begins_with_its_mark_and_id_and_continues_with_an_indent():
     first, *more = Entry(WARN, "model.fallback", " ".join(["word"] * 100)).lines()
-    assert first.startswith("WARN model.fallback         word ")
+    assert first.startswith("WARN model.fallback       word ")
     assert more and all(line.startswith(" " * 10 + "w") for line in more)
 
 
@@ -256,7 +256,7 @@ def test_the_result_of_a_stage_is_what_it_returns(report):
         return "the result"
 
     assert report.run("outputs", stage()) == "the result"
-    assert report.lines == ["", "[3/5] outputs", "PASS outputs.first          done"]
+    assert report.lines == ["", "[3/5] outputs", "PASS outputs.first        done"]
 
 
 def test_stages_after_one_that_lost_the_device_are_skipped(report, monkeypatch):
@@ -404,7 +404,7 @@ def test_the_summary_has_the_error_with_what_is_expected_and_the_speed(report):
     assert report.lines[:3] == [
         "",
         "[summary]",
-        "     summary.precision      logits in float32: error 2.0e-03 against CPU float64 (expected of GELU",
+        "     summary.precision    logits in float32: error 2.0e-03 against CPU float64 (expected of GELU",
     ]
     text = " ".join(" ".join(report.lines).split())
     assert "(expected of GELU 1.0e-04, HF32 1.9e-03)" in text
