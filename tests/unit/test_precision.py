@@ -226,6 +226,24 @@ def test_the_pooling_is_compared_too_although_it_is_in_no_module(run):
     assert [name.split()[0] for name in checked.bad_modules] == ["forward_head"]
 
 
+def test_a_mode_that_the_cpu_cannot_compute_is_skipped_because_it_has_no_reference():
+    """As torch's LSTM in float16."""
+
+    def refuse(module, inputs):
+        if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.float16:
+            raise RuntimeError("not implemented for Half")
+
+    context, loaded = after_model_stage("--modes", "amp-float16", "amp-bfloat16")
+    handle = loaded.cpu.get_submodule("head").register_forward_pre_hook(refuse)
+    try:
+        entries, precision = drain(v.precision_stage(context, loaded))
+    finally:
+        handle.remove()
+    assert not not_passed(entries) and checks(entries)["precision.amp-float16"].mark == SKIP
+    assert checks(entries)["precision.amp-float16"].problem == "no reference, the CPU fails: not implemented for Half"
+    assert precision.errors.keys() == precision.tolerances.keys() == {"float32", "amp-bfloat16"}
+
+
 def test_a_mode_that_fails_does_not_end_the_other_modes():
     context, loaded = after_model_stage("--modes", "float16", "bfloat16")
 
