@@ -58,6 +58,7 @@ import difflib
 import functools
 import glob
 import itertools
+import json
 import math
 import os
 import pickle
@@ -502,8 +503,10 @@ def check_outputs(model: torch.nn.Module, image: torch.Tensor, whole: list[torch
 def create_model(options: argparse.Namespace, **more) -> torch.nn.Module:
     """timm.create_model for --img-size: it is passed if the model takes it, else the model takes any size."""
     name = options.model.removeprefix("timm/")
-    if name.startswith("local-dir:") and (config := wrapped_config(name)):
-        name, more = config["architecture"], {"num_classes": config.get("num_classes"), **(config.get("model_args") or {}), **more}
+    with contextlib.suppress(OSError, ValueError), open(name.removeprefix("local-dir:") + "/config.json", "rb") as file:
+        config = json.load(file)
+        if {"architecture", "architectures"} <= config.keys():  # of transformers, for a model of timm, which timm does not read
+            name, more = config["architecture"], {**(config.get("model_args") or {}), **more}
     if not options.img_size:
         return timm.create_model(name, **more)
     height, width = options.img_size[0], options.img_size[-1]
@@ -516,15 +519,6 @@ def create_model(options: argparse.Namespace, **more) -> torch.nn.Module:
     channels = model.pretrained_cfg.get("input_size", (3,))[0]
     model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (channels, height, width)}  # for the transforms
     return model
-
-
-def wrapped_config(name: str) -> dict | None:
-    """config.json of local-dir:FOLDER if transformers wrote it for a model of timm, which timm itself does not read."""
-    import json
-
-    with contextlib.suppress(OSError, ValueError), open(os.path.join(name.removeprefix("local-dir:"), "config.json"), "rb") as file:
-        config = json.load(file)
-        return config if {"architecture", "architectures"} <= config.keys() else None
 
 
 def check_name(name: str) -> None:
@@ -662,11 +656,9 @@ def find_weights_file(path: str) -> str:
     """The file at this path; in a folder, as git or the hub leaves it, its weights, safetensors before other formats."""
     first = "model.safetensors", "*.safetensors.index.json", "*.safetensors", "pytorch_model.bin", "*.bin.index.json"
     if os.path.isdir(path):
-        branch = os.path.join(path, "refs", "main")  # of the hub's cache, models--ORGANISATION--NAME
-        if os.path.isfile(branch):
-            with open(branch, encoding="utf-8") as commit:
-                path = os.path.join(path, "snapshots", commit.read().strip())
-        patterns = [os.path.join(glob.escape(path), name) for name in (*first, *(f"*{end}" for end in WEIGHT_FILES))]
+        names = *first, *(f"*{end}" for end in WEIGHT_FILES)
+        folders = "", "snapshots/*"  # that of the hub's cache, models--ORGANISATION--NAME
+        patterns = [os.path.join(glob.escape(path), folder, name) for folder in folders for name in names]
         found = [file for pattern in patterns for file in sorted(glob.glob(pattern))]
         if not found:
             raise CannotRun(f"the folder {path} has no weights: it needs a file {', '.join(WEIGHT_FILES)}")
@@ -683,17 +675,13 @@ def read_checkpoint(path: str) -> dict:
             start = file.read(512)
         if start[8:9] == b"{":  # after the length of the header, whatever the name of the file is
             return safetensors.torch.load_file(path)
-        kind = next((kind for begins, kind in FOREIGN_FILES.items() if re.match(begins, start, re.DOTALL)), "")
         if start.startswith(b"PK"):
             import zipfile
 
-            names = zipfile.ZipFile(path).namelist()
-            kind = next((kind for end, kind in FOREIGN_ZIPS.items() if any(re.search(end, name) for name in names)), "")
-        if kind:
+            start = " ".join(["PK", *zipfile.ZipFile(path).namelist()]).encode()
+        if kind := next((kind for begins, kind in FOREIGN_FILES.items() if re.match(begins, start, re.DOTALL)), ""):
             raise CannotRun(f"the weights file {path} cannot be read: {kind}")
         if start.lstrip().startswith(b"{"):
-            import json
-
             with open(path, encoding="utf-8") as file:
                 shards = sorted(set(json.load(file)["weight_map"].values()))
             parts = [read_checkpoint(os.path.join(os.path.dirname(path), shard)) for shard in shards]
@@ -712,8 +700,7 @@ def read_checkpoint(path: str) -> dict:
         if isinstance(error, OSError) and error.strerror:
             reason = error.strerror
         elif found := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            what = "NumPy arrays" if found[1].endswith("_reconstruct") else f"a {found[1]}"
-            reason = f"it holds {what}, not only tensors: save the model's state_dict() instead"
+            reason = f"it holds a {found[1]}, not only tensors: save the model's state_dict() instead"
         elif "weights_only" in str(error):
             reason = "it is not plain tensors: save the model's state_dict() instead"
         raise CannotRun(f"the weights file {path} cannot be read: {reason}") from error
@@ -736,11 +723,10 @@ def unwrap(checkpoint: dict, expected: dict) -> tuple[dict[str, torch.Tensor], l
             is_average = bool(re.search(r"(?<![a-z])ema(?![a-z])|teacher", f"{place} {prefix}"))
             rank = (counts[prefix], is_average) if counts[prefix] > len(expected) / 2 else (0, len(kept))
             candidates.append((rank, place, prefix, kept, len(tensors) - len(kept)))
-    rank, place, prefix, state, others = max(candidates, key=lambda candidate: candidate[0])
+    _, place, prefix, state, others = max(candidates, key=lambda candidate: candidate[0])
     notes = [f"its {place}"] if place else []
     notes += [f"prefix {prefix} stripped" + (f" ({others} other tensors dropped)" if others else "")] if prefix else []
-    equal = [f"{c[1]} {c[2]}".strip() for c in candidates if rank[0] and c[0][0] == rank[0] and c[1:3] != (place, prefix)]
-    return state, notes + [f"not {name}" for name in equal if name]
+    return state, notes
 
 
 def nested_tensors(checkpoint: dict, place: str = "") -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
@@ -1845,7 +1831,7 @@ def time_batches(
         launch, total, output = time_batch(forward, inputs, device)
         launch_ms.append(launch)
         total_ms.append(total)
-        output = to_host(tensors_in(output)[0])
+        output = to_host(output)
         if not np.array_equal(output, reference):
             worst = max(worst, compare(output, reference), key=lambda found: found.error)
         if time.perf_counter() > end:
@@ -2205,9 +2191,9 @@ def position(flat: int, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(map(int, np.unravel_index(flat, shape)))
 
 
-def to_host(tensor: torch.Tensor) -> np.ndarray:
-    """A copy on the host as a numpy array; bfloat16, which numpy lacks, becomes float32."""
-    tensor = tensor.detach().cpu()
+def to_host(output) -> np.ndarray:
+    """A copy on the host of a tensor, the first of several; bfloat16, which numpy lacks, becomes float32."""
+    tensor = (output if isinstance(output, torch.Tensor) else tensors_in(output)[0]).detach().cpu()
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
@@ -2539,8 +2525,6 @@ def publication(options: argparse.Namespace) -> int:
         warn_user(f"error: {problem}")
         return 2
     if options.json:
-        import json
-
         print_line(json.dumps(contents, ensure_ascii=False, indent=1))
     for line in () if options.json else markdown(contents, options.language):
         print_line(line)
@@ -2805,21 +2789,17 @@ AVOIDED = {
 }
 # Parts of names that torch's wrappers put before or between the model's own.
 WRAPPED = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|module)\.")
-# What a file of weights is, if it is no checkpoint: by its first bytes, by a name in its archive, by a name of a tensor.
+# What a file of weights is, by its first bytes (after PK: by the names in its archive), and by the names of its tensors.
 FOREIGN_FILES = {
     rb"$": "it is empty",
     rb"version https://git-lfs": "it is a Git LFS pointer: run git lfs pull in its folder",
     rb"\s*<": "it is a web page: download the file itself",
     rb"GGUF": "it is GGUF, of llama.cpp: use the model's safetensors file",
-    rb"\x89HDF": "it is HDF5, of Keras: use the model's checkpoint of PyTorch",
     rb"\x08[\x01-\x20][\x12:]": "it is ONNX: use the checkpoint that it was exported from",
-    rb"\x1f\x8b|.{257}ustar|Rar!|7z": "it is an archive: unpack it first",
+    rb"PK .*\.npy( |$)": "it is of NumPy or JAX: load it with load_pretrained() of timm's model, and save the state_dict()",
+    rb"PK .*/constants\.pkl": "it is TorchScript: save the model's state_dict() instead",
+    rb"PK (?!.*data\.pkl)": "it is a zip archive: unpack it first",
     rb"(?!\s*\{|PK|\x80)": "it is no checkpoint of torch.save",
-}
-FOREIGN_ZIPS = {
-    r"\.npy$": "it is of NumPy or JAX: load it with the model's load_pretrained() of timm, and save the state_dict()",
-    r"/constants\.pkl$": "it is TorchScript: save the model's state_dict() instead",
-    r"\.(pth|pt|bin|safetensors|ckpt|tar)$": "it is a zip archive: unpack it first",
 }
 FOREIGN_KEYS = {
     r"lora_": "its LoRA weights are not merged: save the state_dict() after merge_and_unload()",
