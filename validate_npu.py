@@ -503,9 +503,10 @@ def check_outputs(model: torch.nn.Module, image: torch.Tensor, whole: list[torch
 def create_model(options: argparse.Namespace, **more) -> torch.nn.Module:
     """timm.create_model for --img-size: it is passed if the model takes it, else the model takes any size."""
     name = options.model.removeprefix("timm/")
-    with contextlib.suppress(OSError, ValueError), open(name.removeprefix("local-dir:") + "/config.json", "rb") as file:
-        config = json.load(file)
-        if {"architecture", "architectures"} <= config.keys():  # of transformers, for a model of timm, which timm does not read
+    if os.path.isfile(path := os.path.join(name.removeprefix("local-dir:"), "config.json")) and name.startswith("local-dir:"):
+        with open(path, encoding="utf-8") as file:
+            config = json.load(file)
+        if {"architecture", "architectures"} <= config.keys():  # of transformers, for a model of timm: timm cannot read it
             name, more = config["architecture"], {**(config.get("model_args") or {}), **more}
     if not options.img_size:
         return timm.create_model(name, **more)
@@ -588,7 +589,7 @@ def check_hub(name: str) -> Exception | None:
             return None
         except Exception as error:  # of requests, or of httpx from huggingface_hub 1.0 on
             refused = error
-        if "Server error" not in str(refused):
+        if "server error" not in str(refused).lower():
             break
         time.sleep(pause)
     constants.HF_HUB_OFFLINE = True
@@ -2827,7 +2828,7 @@ HUB_ERRORS = {
     "KeyError: 'architecture'": "its config.json names no architecture of timm (transformers has other ones): use --model with"
     " a name of timm, and this folder with --weights",
     "Server [Ee]rror": "the hub has a failure of its own: run again later",
-    "Timeout|Connect|ProtocolError|ReadError|ProxyError|ChunkedEncoding|URLError|Consistency check": STORAGE,
+    "Timeout|Connect|Protocol|ReadError|ProxyError|ChunkedEncoding|URLError|Consistency check": STORAGE,
 }
 DRY_RUN = " (for a dry run without an NPU: --device cpu)"
 
