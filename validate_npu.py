@@ -464,25 +464,25 @@ def load_model(options: argparse.Namespace) -> tuple[torch.nn.Module, str]:
     elif weights != "random":
         source = load_weights_file(options, model, weights)
     size = timm.data.resolve_model_data_config(model)["input_size"]
-    image = draw_inputs(1, size, options.seed)
     try:
         if weights == "random":
             draw_weights(model, options.seed)
-        with torch.inference_mode():
-            whole = tensors_in(model(image))
-        parts = forward_outputs(model, image)
+        check_outputs(model, draw_inputs(1, size, options.seed))
+    except CannotRun:
+        raise
     except Exception as error:
         text = " x ".join(map(str, size))
         raise CannotRun(f"{name} does not take inputs of {text} on the CPU: {describe(error)}") from error
-    check_outputs(model, image, whole, parts)
     if options.rope_bf16:
         source += ", RoPE periods rounded to bfloat16"
         round_rope_periods(model)
     return model, source
 
 
-def check_outputs(model: torch.nn.Module, image: torch.Tensor, whole: list[torch.Tensor], parts: dict[str, np.ndarray]) -> None:
-    """Raises CannotRun if these outputs of model(x) and of forward_outputs() on the CPU cannot judge a device."""
+def check_outputs(model: torch.nn.Module, image: torch.Tensor) -> None:
+    """Raises CannotRun if the outputs of model(x) and of forward_outputs() on the CPU cannot judge a device."""
+    with torch.inference_mode():
+        whole, parts = tensors_in(model(image)), forward_outputs(model, image)
     if not whole or not parts:
         raise CannotRun("the forward pass of the model gives no tensor")
     first, main = to_host(whole[0]), parts[main_output(parts)]
@@ -495,18 +495,20 @@ def check_outputs(model: torch.nn.Module, image: torch.Tensor, whole: list[torch
 
         with torch.nn.modules.module.register_module_forward_hook(look):
             forward_outputs(model, image)
-        raise CannotRun(f"the model gives NaN or Inf on the CPU, too, so that it cannot validate a device; it begins in {found[0]}")
+        problem = "the model gives NaN or Inf on the CPU, too, so that it cannot validate a device"
+        raise CannotRun(f"{problem}; it begins in {found[0]}")
     if first.shape != main.shape or compare(first, main).max_row > UNEXPLAINED:
-        raise CannotRun("model(x) is not forward_head(forward_features(x)), so that the outputs of the model cannot be judged")
+        raise CannotRun("model(x) is not forward_head(forward_features(x)), so that its outputs cannot be judged")
 
 
 def create_model(options: argparse.Namespace, **more) -> torch.nn.Module:
     """timm.create_model for --img-size: it is passed if the model takes it, else the model takes any size."""
     name = options.model.removeprefix("timm/")
-    if os.path.isfile(path := os.path.join(name.removeprefix("local-dir:"), "config.json")) and name.startswith("local-dir:"):
-        with open(path, encoding="utf-8") as file:
+    config = os.path.join(name.removeprefix("local-dir:"), "config.json")
+    if name.startswith("local-dir:") and os.path.isfile(config):
+        with open(config, encoding="utf-8") as file:
             config = json.load(file)
-        if {"architecture", "architectures"} <= config.keys():  # of transformers, for a model of timm: timm cannot read it
+        if {"architecture", "architectures"} <= config.keys():  # of transformers, for a model of timm
             name, more = config["architecture"], {**(config.get("model_args") or {}), **more}
     if not options.img_size:
         return timm.create_model(name, **more)
@@ -631,8 +633,8 @@ def load_weights_file(options: argparse.Namespace, model: torch.nn.Module, path:
             hints.append(f"its {classifier} is a Sequential, which this model of timm does not have")
         hints += matching_size(options, original, problems["of another shape"])
         top = ", ".join(list(dict.fromkeys(str(key).split(".")[0] for key in checkpoint))[:6])
-        problem = f"is of another model than --model: keys {'; '.join(listed)}; {'; '.join(hints) or f'the file has {top}'}"
-        raise CannotRun(f"the weights file {file} {problem}")
+        problem = f"the weights file {file} is of another model than --model: keys {'; '.join(listed)}"
+        raise CannotRun(f"{problem}; {'; '.join(hints) or f'the file has {top}'}")
     if resampled := [key for key in original if key in state and original[key].numel() != state[key].numel()]:
         shapes = " to ".join(shape_text(tensors[resampled[0]].shape) for tensors in (original, state))
         text = f"{resampled[0]}{f' and {len(resampled) - 1} more' if resampled[1:] else ''} resampled from {shapes}"
@@ -644,7 +646,7 @@ def load_weights_file(options: argparse.Namespace, model: torch.nn.Module, path:
 
 
 def matching_size(options: argparse.Namespace, original: dict[str, torch.Tensor], keys: list[str]) -> list[str]:
-    """The image size with which the model has these tensors in the shapes of the file, as an advice; [] if there is none."""
+    """An advice: the image size for which these tensors of the model have the shapes of the file; or none."""
     for size in IMAGE_SIZES if keys else ():
         with contextlib.suppress(Exception), torch.device("meta"):
             state = create_model(argparse.Namespace(**{**vars(options), "img_size": [size]})).state_dict()
@@ -711,7 +713,7 @@ def unwrap(checkpoint: dict, expected: dict) -> tuple[dict[str, torch.Tensor], l
     """The tensors of the dictionary, and behind the prefix, under which most of the model's own keys are found.
 
     Of several that have as many, EMA or a teacher is taken, else the first. If none has half of the keys, it is the
-    dictionary with most tensors, without their common prefix: timm may know its names. Also what was taken, for the log.
+    dictionary with most tensors, without their common prefix: timm may know its names. Also returns what was taken.
     """
     candidates = []
     for place, tensors in nested_tensors(checkpoint):
@@ -732,7 +734,7 @@ def unwrap(checkpoint: dict, expected: dict) -> tuple[dict[str, torch.Tensor], l
 
 def nested_tensors(checkpoint: dict, place: str = "") -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
     """The place and the tensors of a dictionary, and of each dictionary in it: "model.state_dict"."""
-    yield place, {key: value for key, value in checkpoint.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
+    yield place, {str(key): value for key, value in checkpoint.items() if isinstance(value, torch.Tensor)}
     for key, value in checkpoint.items():
         if isinstance(value, dict):
             yield from nested_tensors(value, f"{place}.{key}" if place else str(key))
@@ -817,8 +819,8 @@ def image_files(given: list[str]) -> list[str]:
         if os.path.isdir(name):
             found, deeper = ([file for file in sorted(glob.glob(glob.escape(name) + depth))  # none that is hidden
                               if file.lower().endswith(IMAGE_FILES)] for depth in ("/*", "/*/*"))  # fmt: skip
-            problem = f"the folder {name} has no images that can be read"
-            problem += f": use --image '{name}/*/*{os.path.splitext(deeper[0])[1]}' for those in its folders" if deeper else ""
+            advice = f": use --image '{name}/*/*{deeper[0][-4:]}' for those in its folders" if deeper else ""
+            problem = f"the folder {name} has no images that can be read{advice}"
         else:
             found = [name] if os.path.isfile(name) else sorted(glob.glob(name))
             problem = f"the image {name} does not exist"
@@ -852,7 +854,7 @@ def load_images(given: list[str], config: dict) -> Iterator[tuple[str, torch.Ten
 
 
 def first_images(given: list[str], config: dict) -> tuple[torch.Tensor | None, int]:
-    """The first FIRST_IMAGES, and the number of all: each is read, before minutes of work, and again for predictions."""
+    """The first FIRST_IMAGES, and the number of all. Each is read here, and again for predictions."""
     if not given:
         return None, 0
     readable = load_images(given, config)
@@ -911,7 +913,8 @@ def forward_outputs(model, inputs: torch.Tensor, maps: FeatureMaps | None = None
                 unpooled, found = model.forward_intermediates(inputs, indices=maps.indices)
             else:
                 unpooled = model.forward_features(inputs)
-                found = model.forward_intermediates(inputs, indices=maps.indices, intermediates_only=True) if maps else []
+                if maps:
+                    found = model.forward_intermediates(inputs, indices=maps.indices, intermediates_only=True)
             outputs = numbered("embedding", model.forward_head(unpooled, pre_logits=True))
             if classes:
                 outputs |= numbered("logits", model.forward_head(unpooled))
@@ -2790,14 +2793,14 @@ AVOIDED = {
 }
 # Parts of names that torch's wrappers put before or between the model's own.
 WRAPPED = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|module)\.")
-# What a file of weights is, by its first bytes (after PK: by the names in its archive), and by the names of its tensors.
+# What a file of weights is: by its first bytes, in an archive by the names after PK, and by the names of its tensors.
 FOREIGN_FILES = {
     rb"$": "it is empty",
     rb"version https://git-lfs": "it is a Git LFS pointer: run git lfs pull in its folder",
     rb"\s*<": "it is a web page: download the file itself",
     rb"GGUF": "it is GGUF, of llama.cpp: use the model's safetensors file",
     rb"\x08[\x01-\x20][\x12:]": "it is ONNX: use the checkpoint that it was exported from",
-    rb"PK .*\.npy( |$)": "it is of NumPy or JAX: load it with load_pretrained() of timm's model, and save the state_dict()",
+    rb"PK .*\.npy( |$)": "it is of NumPy or JAX: load it with load_pretrained() of timm, and save the state_dict()",
     rb"PK .*/constants\.pkl": "it is TorchScript: save the model's state_dict() instead",
     rb"PK (?!.*data\.pkl)": "it is a zip archive: unpack it first",
     rb"(?!\s*\{|PK|\x80)": "it is no checkpoint of torch.save",
@@ -2807,7 +2810,7 @@ FOREIGN_KEYS = {
     r"embeddings\.": "these names are those of transformers",
     r"zero_point|_packed_params": "it is quantised: use the checkpoint that it was made from",
 }
-IMAGE_SIZES = 224, 256, 384, 448, 512, 518, 336, 192, 160, 128, 96, 64, 32, 196, 240, 288, 320, 416, 480, 560, 640, 768, 1024
+IMAGE_SIZES = 224, 256, 384, 448, 512, 518, 336, 192, 160, 128, 96, 64, 32, 196, 240, 288, 320, 416, 480, 560, 640, 768
 IMAGE_MODES = {1: "L", 3: "RGB"}  # Pillow's, by the channels that the model takes
 IMAGE_FILES = ".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif"
 WEIGHT_FILES = ".safetensors", ".bin", ".pth", ".pt"
@@ -2820,13 +2823,13 @@ HUB_ERRORS = {
     "Gated|awaiting a review": "ask for access on the model's page and set HF_TOKEN",
     "SafetensorError|UnpicklingError": "the file in the hub's cache is cut, or a pointer: delete it, and run again",
     "404 Client|RepositoryNotFound|RemoteEntryNotFound": "the hub has no such model, or it is private (set HF_TOKEN)",
-    r"\b401\b": "the token in HF_TOKEN or ~/.cache/huggingface/token is not valid: renew or unset it, public models need none",
+    r"\b401\b": "the token in HF_TOKEN or ~/.cache/huggingface/token is not valid: renew or unset it",
     r"\b(403|451)\b": "your network or proxy blocks it, or your token does not allow it",
     r"\b429\b": "the hub limits the number of requests: wait some minutes, or set HF_TOKEN",
     "headers of a hub": "the mirror or a proxy drops them: use another HF_ENDPOINT, or none",
     "LocalEntryNotFound|OfflineMode": "unset HF_HUB_OFFLINE if it is set, or run again",
-    "KeyError: 'architecture'": "its config.json names no architecture of timm (transformers has other ones): use --model with"
-    " a name of timm, and this folder with --weights",
+    "KeyError: 'architecture'": "its config.json names no architecture of timm (transformers has other ones): use"
+    " --model with a name of timm, and this folder with --weights",
     "Server [Ee]rror": "the hub has a failure of its own: run again later",
     "Timeout|Connect|Protocol|ReadError|ProxyError|ChunkedEncoding|URLError|Consistency check": STORAGE,
 }
@@ -3644,7 +3647,7 @@ def main(argv: list[str] | None = None) -> int:
         import_packages()
         # A rank may have to wait until each rank before it has timed each row.
         ranks.connect(report, (options.timeout + options.duration) * (1 + ranks.size))
-        ranks.all_or_none("paths", lambda: check_paths(options) if ranks.rank == 0 else None)  # the only rank that writes
+        ranks.all_or_none("paths", lambda: ranks.rank or check_paths(options))  # only rank 0 writes
         baseline = ranks.all_or_none("baseline", lambda: Log.read(options.baseline) if options.baseline else None)
         ranks.all_or_none("name", lambda: check_name(options.model))
         device = ranks.all_or_none("device", lambda: find_device(ranks.device_name(options.device)))

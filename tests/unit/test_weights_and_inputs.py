@@ -285,7 +285,7 @@ def savez(path):
 
 
 @pytest.mark.parametrize(("write", "said"), [
-    (savez, "it is of NumPy or JAX: load it with load_pretrained() of timm's model, and save the state_dict()"),
+    (savez, "it is of NumPy or JAX: load it with load_pretrained() of timm, and save the state_dict()"),
     (zipped, "it is a zip archive: unpack it first"),
     (lambda path: torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path), "it is TorchScript: save the model's state_dict()"),
     (lambda path: path.write_bytes(b"\x08\x08\x12\x07pytorch\x1a\x06"), "it is ONNX: use the checkpoint that it was exported from"),
