@@ -628,7 +628,8 @@ def load_weights_file(options: argparse.Namespace, model: torch.nn.Module, path:
     listed = [f"{len(keys)} {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
               for kind, keys in problems.items() if keys]  # fmt: skip
     if listed:
-        hints = [hint for pattern, hint in FOREIGN_KEYS.items() if any(re.search(pattern, key) for key in original)]
+        names = " ".join(key for _, tensors in nested_tensors(checkpoint) for key in tensors)
+        hints = [hint for pattern, hint in FOREIGN_KEYS.items() if re.search(pattern, names)]
         if any(key.startswith(f"{classifier}.0.") for key in problems["unexpected"]):
             hints.append(f"its {classifier} is a Sequential, which this model of timm does not have")
         hints += matching_size(options, original, problems["of another shape"])
