@@ -51,6 +51,7 @@ from __future__ import annotations
 
 # Modules that take milliseconds to import, and that only a run needs, are imported where they are used.
 import argparse
+import collections
 import contextlib
 import copy
 import dataclasses
@@ -58,12 +59,12 @@ import difflib
 import functools
 import glob
 import itertools
+import json
 import math
 import os
 import pickle
 import platform
 import re
-import resource
 import shlex
 import signal
 import subprocess
@@ -378,11 +379,9 @@ def model_stage(context: Context, probe: Probe) -> Stage[Loaded]:
     cpu, source = ranks.all_or_none("model", lambda: load_model(options))
     load_seconds = time.perf_counter() - started
     config = timm.data.resolve_model_data_config(cpu)
-    inputs, images, count = draw_inputs(max(context.batch_sizes), config["input_size"], options.seed), None, 0
-    if options.image:  # each is read here, before minutes of work, and again for predictions: only the first are kept
-        readable = load_images(options.image, config)
-        images = torch.stack([image for _, image in itertools.islice(readable, FIRST_IMAGES)])
-        count = len(images) + sum(1 for _ in readable)
+    inputs = draw_inputs(max(context.batch_sizes), config["input_size"], options.seed)
+    images, count = ranks.all_or_none("images", lambda: first_images(options.image, config))
+    if options.image:
         yield Entry(FACT, "model.images", str(len(images)))
     model = copy.deepcopy(cpu).to(device)
 
@@ -451,40 +450,72 @@ def check_memory(context: Context, root: str = "/") -> None:
 def load_model(options: argparse.Namespace) -> tuple[torch.nn.Module, str]:
     """The timm model in eval mode on the CPU, in float32, and the source of its weights.
 
-    Raises CannotRun if there is no such model, no weights, or the model does not take inputs of this size.
+    Raises CannotRun if there is no such model, no weights, or the model does not run on the CPU, or gives NaN there.
     """
-    name, pretrained = options.model, options.weights == "pretrained"
-    if name.startswith("hf-hub:") or pretrained and not name.startswith("local-dir:"):
-        check_hub()
+    name, weights = options.model, options.weights
+    if weights == "pretrained" and name.startswith("local-dir:"):
+        weights = name.removeprefix("local-dir:")
+    pretrained = weights == "pretrained"
+    refused = check_hub(name) if pretrained or name.startswith("hf-hub:") else None
     try:
         model = create_model(options, pretrained=pretrained).eval()
     except Exception as error:  # huggingface_hub, its HTTP client, safetensors and timm each have their own
-        raise CannotRun(hub_failure(name, error)) from error
+        raise CannotRun(hub_failure(name, error, refused)) from error
+    if refused:
+        warn_user(f"the hub does not give the weights ({describe(refused)}): those in its cache are used")
     source = f"random, seed {options.seed}"
     if pretrained:
         origin = getattr(model, "pretrained_cfg", {})
         source = f"pretrained, {origin.get('hf_hub_id') or origin.get('url') or name}"
-    elif options.weights != "random":
-        source = load_weights_file(model, options.weights)
+    elif weights != "random":
+        source = load_weights_file(options, model, weights)
     size = timm.data.resolve_model_data_config(model)["input_size"]
     try:
-        if options.weights == "random":
+        if weights == "random":
             draw_weights(model, options.seed)
-        else:
-            with torch.no_grad():
-                model(torch.zeros(1, *size))
+        check_outputs(model, draw_inputs(1, size, options.seed))
+    except CannotRun:
+        raise
     except Exception as error:
         text = " x ".join(map(str, size))
-        raise CannotRun(f"{name} does not take inputs of {text} on the CPU: {first_line(error)}") from error
+        raise CannotRun(f"{name} does not take inputs of {text} on the CPU: {describe(error)}") from error
     if options.rope_bf16:
         source += ", RoPE periods rounded to bfloat16"
         round_rope_periods(model)
     return model, source
 
 
+def check_outputs(model: torch.nn.Module, image: torch.Tensor) -> None:
+    """Raises CannotRun if the outputs of model(x) and of forward_outputs() on the CPU cannot judge a device."""
+    with torch.inference_mode():
+        whole, parts = tensors_in(model(image)), forward_outputs(model, image)
+    if not whole or not parts:
+        raise CannotRun("the forward pass of the model gives no tensor")
+    first, main = to_host(whole[0]), parts[main_output(parts)]
+    if not all(np.isfinite(output).all() for output in (first, *parts.values())):
+        names, found = {module: name for name, module in model.named_modules()}, ["the model"]
+
+        def look(module, args, output) -> None:
+            if names.get(module) and not all(tensor.isfinite().all() for tensor in tensors_in(output)):
+                found.insert(-1, names[module])
+
+        with torch.nn.modules.module.register_module_forward_hook(look):
+            forward_outputs(model, image)
+        problem = "the model gives NaN or Inf on the CPU, too, so that it cannot validate a device"
+        raise CannotRun(f"{problem}; it begins in {found[0]}")
+    if first.shape != main.shape or compare(first, main).max_row > UNEXPLAINED:
+        raise CannotRun("model(x) is not forward_head(forward_features(x)), so that its outputs cannot be judged")
+
+
 def create_model(options: argparse.Namespace, **more) -> torch.nn.Module:
     """timm.create_model for --img-size: it is passed if the model takes it, else the model takes any size."""
     name = options.model.removeprefix("timm/")
+    config = os.path.join(name.removeprefix("local-dir:"), "config.json")
+    if name.startswith("local-dir:") and os.path.isfile(config):
+        with open(config, encoding="utf-8") as file:
+            config = json.load(file)
+        if {"architecture", "architectures"} <= config.keys():  # of transformers, for a model of timm
+            name, more = config["architecture"], {**(config.get("model_args") or {}), **more}
     if not options.img_size:
         return timm.create_model(name, **more)
     height, width = options.img_size[0], options.img_size[-1]
@@ -512,8 +543,10 @@ def check_name(name: str) -> None:
     raise CannotRun(f"timm {timm.__version__} has no model {name!r}; {advice}")
 
 
-def hub_failure(name: str, error: Exception) -> str:
-    """Why the model or its weights could not be loaded, and what to do about this cause."""
+def hub_failure(name: str, error: Exception, refused: Exception | None) -> str:
+    """Why the model or its weights could not be loaded, and what to do. refused: what check_hub() returned."""
+    is_first = refused is not None and type(error).__name__ == "LocalEntryNotFoundError"  # nor are they in the cache
+    error = refused if is_first else error
     text = f"{type(error).__name__}: {error}"
     if re.search("No pretrained weights|Invalid pretrained tag", text):
         near = ", ".join(timm.list_pretrained(name.split(".")[0] + "*")[:5]) or "none"
@@ -521,63 +554,121 @@ def hub_failure(name: str, error: Exception) -> str:
     advice = next((advice for pattern, advice in HUB_ERRORS.items() if re.search(pattern, text)), "")
     if not advice:
         return f"timm cannot build {name} ({describe(error)})"
+    advice = unreachable_hub() if is_first and advice == STORAGE else advice
     return f"the weights of {name} could not be loaded ({describe(error)}): {advice}, or use --weights FILE or random"
 
 
-def check_hub() -> None:
-    """Use only the hub's cache if the hub does not answer in HUB_SECONDS: its client would retry for minutes."""
-    from huggingface_hub import constants, get_session, utils
+def unreachable_hub() -> str:
+    """What to do if the hub, or the proxy before it, does not answer."""
+    import urllib.request
 
-    if constants.HF_HUB_OFFLINE:
-        return
-    try:
-        get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
-    except Exception as error:  # of requests, or of httpx from huggingface_hub 1.0 on
-        warn_user(f"{constants.ENDPOINT} does not answer ({first_line(error)}): only its cache is searched for the weights")
-        constants.HF_HUB_OFFLINE = True
-        getattr(utils, "reset_sessions", lambda: None)()  # before 1.0 a session keeps its first setting
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    scheme, _, host = endpoint.partition("://")
+    proxy = urllib.request.getproxies().get(scheme)
+    if proxy and not urllib.request.proxy_bypass(host):
+        return f"the proxy {re.sub('//.*@', '//', proxy)} does not answer: correct or unset {scheme.upper()}_PROXY"
+    if "HF_ENDPOINT" in os.environ:
+        return f"HF_ENDPOINT={endpoint} does not answer: correct or unset it"
+    return f"{endpoint} does not answer: set HF_ENDPOINT=https://hf-mirror.com"
 
 
-def load_weights_file(model: torch.nn.Module, path: str) -> str:
-    """Load a checkpoint from a file or folder into the model. Returns its source and what was stripped, for the log.
+def check_hub(name: str) -> Exception | None:
+    """Ask the hub for the file that timm asks for first. The error that it gives is the cause that a user can remove.
+
+    After an error only the hub's cache is used, because its client would retry for minutes, and ask for other files.
+    """
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, utils
+
+    repository, file = name.removeprefix("hf-hub:"), "config.json"
+    if repository == name:
+        with contextlib.suppress(RuntimeError):  # timm names the tag that it does not know
+            known = timm.get_pretrained_cfg(name.removeprefix("timm/"))
+            repository, file = known and known.hf_hub_id, known and known.hf_hub_filename or "model.safetensors"
+    if constants.HF_HUB_OFFLINE or not repository or repository == name:
+        return None
+    repository, _, revision = repository.partition("@")
+    for pause in (1, 2, 0):
+        try:
+            found = get_hf_file_metadata(hf_hub_url(repository, file, revision=revision or None), timeout=HUB_SECONDS)
+            if found.commit_hash and found.etag:
+                return None
+            refused = ValueError(f"{constants.ENDPOINT} does not send X-Repo-Commit and ETag, the headers of a hub")
+        except utils.EntryNotFoundError:  # timm asks for other names, too
+            return None
+        except Exception as error:  # of requests, or of httpx from huggingface_hub 1.0 on
+            refused = error
+        if "server error" not in str(refused).lower():
+            break
+        time.sleep(pause)
+    constants.HF_HUB_OFFLINE = True
+    getattr(utils, "reset_sessions", lambda: None)()  # before 1.0 a session keeps its first setting
+    return refused
+
+
+def load_weights_file(options: argparse.Namespace, model: torch.nn.Module, path: str) -> str:
+    """Load a checkpoint from a file or folder into the model. Returns its source and what was changed, for the log.
 
     Original key names are converted if timm has a filter for the model; the number of classes is the file's. Raises
     CannotRun if the file is missing, damaged, of another model, or not fit to validate a device with.
     """
     file = find_weights_file(path)
-    state, notes = unwrap(read_checkpoint(file), model.state_dict())
-    notes = [f"file {os.path.basename(file)}", *notes, *check_tensors(file, state)]
+    checkpoint = read_checkpoint(file)
+    original, notes = unwrap(checkpoint, model.state_dict())
     try:
         convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-        state = convert(state, model) if convert else state
+        state = convert(dict(original), model) if convert else original
     except Exception as error:
         raise CannotRun(f"timm cannot convert the weights file {file}: {first_line(error)}") from error
     classifier = model.pretrained_cfg.get("classifier")
-    if isinstance(classifier, str) and getattr(model, "num_classes", 0):
+    if isinstance(classifier, str) and hasattr(model, "reset_classifier"):
         weight = state.get(f"{classifier}.weight")
-        if (classes := 0 if weight is None else len(weight)) != model.num_classes:
+        if (classes := 0 if weight is None else len(weight)) != getattr(model, "num_classes", 0):
             model.reset_classifier(classes)
             notes.append(f"{classes} classes, as in the file")
     expected = model.state_dict()
     problems = {
-        "missing": [key for key in expected if key not in state],
-        "unexpected": [key for key in state if key not in expected],
+        "missing": [key for key in expected if key not in state and not key.endswith("num_batches_tracked")],
+        "unexpected": [key for key in state if key not in expected and state[key].ndim],  # counters are no weights
         "of another shape": [key for key in state if key in expected and state[key].shape != expected[key].shape],
     }
     listed = [f"{len(keys)} {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
               for kind, keys in problems.items() if keys]  # fmt: skip
     if listed:
-        names = " (these names are those of transformers)" if any("embeddings." in key for key in state) else ""
-        raise CannotRun(f"the weights file {file} is of another model than --model: keys {'; '.join(listed)}{names}")
-    model.load_state_dict(state)
+        names = " ".join(key for _, tensors in nested_tensors(checkpoint) for key in tensors)
+        hints = [hint for pattern, hint in FOREIGN_KEYS.items() if re.search(pattern, names)]
+        if any(key.startswith(f"{classifier}.0.") for key in problems["unexpected"]):
+            hints.append(f"its {classifier} is a Sequential, which this model of timm does not have")
+        hints += matching_size(options, original, problems["of another shape"])
+        top = ", ".join(list(dict.fromkeys(str(key).split(".")[0] for key in checkpoint))[:6])
+        problem = f"the weights file {file} is of another model than --model: keys {'; '.join(listed)}"
+        raise CannotRun(f"{problem}; {'; '.join(hints) or f'the file has {top}'}")
+    if resampled := [key for key in original if key in state and original[key].numel() != state[key].numel()]:
+        shapes = " to ".join(shape_text(tensors[resampled[0]].shape) for tensors in (original, state))
+        text = f"{resampled[0]}{f' and {len(resampled) - 1} more' if resampled[1:] else ''} resampled from {shapes}"
+        notes.append("; ".join([text, *matching_size(options, original, resampled)]))
+    state = {key: tensor for key, tensor in state.items() if key in expected}
+    notes = [f"file {os.path.basename(file)}", *notes, *check_tensors(file, state)]
+    model.load_state_dict(state, strict=False)  # what else is missing was listed
     return ", ".join(notes)
+
+
+def matching_size(options: argparse.Namespace, original: dict[str, torch.Tensor], keys: list[str]) -> list[str]:
+    """An advice: the image size for which these tensors of the model have the shapes of the file; or none."""
+    for size in IMAGE_SIZES if keys else ():
+        with contextlib.suppress(Exception), torch.device("meta"):
+            state = create_model(argparse.Namespace(**{**vars(options), "img_size": [size]})).state_dict()
+            if all(state[key].shape == original[key].shape for key in keys):
+                return [f"the file is for images of {size} x {size} (--img-size {size})"]
+    return []
 
 
 def find_weights_file(path: str) -> str:
     """The file at this path; in a folder, as git or the hub leaves it, its weights, safetensors before other formats."""
     first = "model.safetensors", "*.safetensors.index.json", "*.safetensors", "pytorch_model.bin", "*.bin.index.json"
     if os.path.isdir(path):
-        patterns = [os.path.join(glob.escape(path), name) for name in (*first, *(f"*{end}" for end in WEIGHT_FILES))]
+        names = *first, *(f"*{end}" for end in WEIGHT_FILES)
+        folders = "", "snapshots/*"  # that of the hub's cache, models--ORGANISATION--NAME
+        patterns = [os.path.join(glob.escape(path), folder, name) for folder in folders for name in names]
         found = [file for pattern in patterns for file in sorted(glob.glob(pattern))]
         if not found:
             raise CannotRun(f"the folder {path} has no weights: it needs a file {', '.join(WEIGHT_FILES)}")
@@ -589,27 +680,22 @@ def find_weights_file(path: str) -> str:
 
 def read_checkpoint(path: str) -> dict:
     """The content of a checkpoint, all shards of an index. No code in it is executed. Raises CannotRun with the cause."""
-    with open(path, "rb") as file:
-        start = file.read(64).lstrip()
-    for begins, kind in (
-        (not start, "it is empty"),
-        (start.startswith(b"version https://git-lfs"), "it is a Git LFS pointer: run git lfs pull in its folder"),
-        (start.startswith(b"<"), "it is a web page: download the file itself"),
-        (not path.endswith((".safetensors", ".json")) and not start.startswith((b"PK", b"\x80")),
-         "it is no checkpoint of torch.save"),
-    ):  # fmt: skip
-        if begins:
-            raise CannotRun(f"the weights file {path} cannot be read: {kind}")
     try:
-        if path.endswith(".json"):
-            import json
+        with open(path, "rb") as file:
+            start = file.read(512)
+        if start[8:9] == b"{":  # after the length of the header, whatever the name of the file is
+            return safetensors.torch.load_file(path)
+        if start.startswith(b"PK"):
+            import zipfile
 
+            start = " ".join(["PK", *zipfile.ZipFile(path).namelist()]).encode()
+        if kind := next((kind for begins, kind in FOREIGN_FILES.items() if re.match(begins, start, re.DOTALL)), ""):
+            raise CannotRun(f"the weights file {path} cannot be read: {kind}")
+        if start.lstrip().startswith(b"{"):
             with open(path, encoding="utf-8") as file:
                 shards = sorted(set(json.load(file)["weight_map"].values()))
             parts = [read_checkpoint(os.path.join(os.path.dirname(path), shard)) for shard in shards]
             return {key: value for part in parts for key, value in part.items()}
-        if path.endswith(".safetensors"):
-            return safetensors.torch.load_file(path)
         numbers = [type(np.dtype(name)) for name in ("float16", "float32", "float64", "int32", "int64", "bool")]
         scalar = (np._core if hasattr(np, "_core") else np.core).multiarray.scalar
         with torch.serialization.safe_globals([argparse.Namespace, np.dtype, scalar, *numbers]):
@@ -621,28 +707,44 @@ def read_checkpoint(path: str) -> dict:
         raise
     except Exception as error:  # pickle, zipfile, safetensors, struct: a damaged file fails in many ways
         reason = f"{describe(error)}; it may be cut: copy it again"
-        if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        if isinstance(error, OSError) and error.strerror:
+            reason = error.strerror
+        elif found := re.search(r"GLOBAL ([\w.]+)", str(error)):
             reason = f"it holds a {found[1]}, not only tensors: save the model's state_dict() instead"
         elif "weights_only" in str(error):
             reason = "it is not plain tensors: save the model's state_dict() instead"
         raise CannotRun(f"the weights file {path} cannot be read: {reason}") from error
 
 
-def unwrap(checkpoint: dict, expected: dict) -> tuple[dict, list[str]]:
-    """The tensors of a checkpoint by the model's names, and the wrapper keys and prefixes that were stripped."""
-    notes, state = [], checkpoint
-    while isinstance(state, dict) and (key := next((key for key in WRAPPERS if isinstance(state.get(key), dict)), "")):
-        state = state[key]
-        notes.append(f"its {key}")
-    state = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
-    while prefix := next((p for p in PREFIXES if sum(key.startswith(p) for key in state) > len(state) / 2), ""):
-        if any(key.startswith(prefix) for key in expected):
-            break
-        kept = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        dropped = f" ({len(state) - len(kept)} other tensors dropped)" if len(kept) < len(state) else ""
-        state = kept
-        notes.append(f"prefix {prefix} stripped{dropped}")
+def unwrap(checkpoint: dict, expected: dict) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """The tensors of the dictionary, and behind the prefix, under which most of the model's own keys are found.
+
+    Of several that have as many, EMA or a teacher is taken, else the first. If none has half of the keys, it is the
+    dictionary with most tensors, without their common prefix: timm may know its names. Also returns what was taken.
+    """
+    candidates = []
+    for place, tensors in nested_tensors(checkpoint):
+        tensors = {key if key in expected else WRAPPED.sub("", key): tensor for key, tensor in tensors.items()}
+        common = os.path.commonprefix(list(tensors)).rpartition(".")
+        starts = ((key, cut) for key in tensors for cut in (0, *(dot.end() for dot in re.finditer(r"\.", key))))
+        counts = collections.Counter(key[:cut] for key, cut in starts if key[cut:] in expected)
+        for prefix in dict.fromkeys(["".join(common[:2]), *counts]):
+            kept = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+            is_average = bool(re.search(r"(?<![a-z])ema(?![a-z])|teacher", f"{place} {prefix}"))
+            rank = (counts[prefix], is_average) if counts[prefix] > len(expected) / 2 else (0, len(kept))
+            candidates.append((rank, place, prefix, kept, len(tensors) - len(kept)))
+    _, place, prefix, state, others = max(candidates, key=lambda candidate: candidate[0])
+    notes = [f"its {place}"] if place else []
+    notes += [f"prefix {prefix} stripped" + (f" ({others} other tensors dropped)" if others else "")] if prefix else []
     return state, notes
+
+
+def nested_tensors(checkpoint: dict, place: str = "") -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """The place and the tensors of a dictionary, and of each dictionary in it: "model.state_dict"."""
+    yield place, {str(key): value for key, value in checkpoint.items() if isinstance(value, torch.Tensor)}
+    for key, value in checkpoint.items():
+        if isinstance(value, dict):
+            yield from nested_tensors(value, f"{place}.{key}" if place else str(key))
 
 
 def check_tensors(path: str, state: dict[str, torch.Tensor]) -> list[str]:
@@ -722,8 +824,10 @@ def image_files(given: list[str]) -> list[str]:
     files = []
     for name in given:
         if os.path.isdir(name):
-            found = [file for file in sorted(os.listdir(name)) if file.lower().endswith(IMAGE_FILES)]
-            found, problem = [os.path.join(name, file) for file in found], f"the folder {name} has no images"
+            found, deeper = ([file for file in sorted(glob.glob(glob.escape(name) + depth))  # none that is hidden
+                              if file.lower().endswith(IMAGE_FILES)] for depth in ("/*", "/*/*"))  # fmt: skip
+            advice = f": use --image '{name}/*/*{deeper[0][-4:]}' for those in its folders" if deeper else ""
+            problem = f"the folder {name} has no images that can be read{advice}"
         else:
             found = [name] if os.path.isfile(name) else sorted(glob.glob(name))
             problem = f"the image {name} does not exist"
@@ -741,6 +845,9 @@ def load_images(given: list[str], config: dict) -> Iterator[tuple[str, torch.Ten
     channels, paths = config["input_size"][0], image_files(given)
     if channels not in IMAGE_MODES:
         raise CannotRun(f"the model takes inputs of {channels} channels, which images do not have")
+    if len(config["mean"]) != channels:
+        problem = f"the model takes {channels} channel(s), and its pretrained_cfg has {len(config['mean'])} means"
+        raise CannotRun(f"{problem}: give it {channels} in config.json, or leave out --image")
     transform = timm.data.create_transform(**config, is_training=False)
     for path in tqdm(paths, desc="images", leave=False, disable=True if len(paths) < 16 else None):
         try:
@@ -751,6 +858,15 @@ def load_images(given: list[str], config: dict) -> Iterator[tuple[str, torch.Ten
             yield os.path.basename(path), transform(image.convert(IMAGE_MODES[channels]))
         except Exception as error:  # each of Pillow's readers has its own
             raise CannotRun(f"the image {path} cannot be read: {describe(error)}") from error
+
+
+def first_images(given: list[str], config: dict) -> tuple[torch.Tensor | None, int]:
+    """The first FIRST_IMAGES, and the number of all. Each is read here, and again for predictions."""
+    if not given:
+        return None, 0
+    readable = load_images(given, config)
+    images = torch.stack([image for _, image in itertools.islice(readable, FIRST_IMAGES)])
+    return images, len(images) + sum(1 for _ in readable)
 
 
 def sha256(tensors: dict[str, torch.Tensor]) -> str:
@@ -798,24 +914,42 @@ def forward_outputs(model, inputs: torch.Tensor, maps: FeatureMaps | None = None
     gives that.
     """
     with torch.inference_mode():
-        if maps and maps.in_one_pass:
-            unpooled, found = model.forward_intermediates(inputs, indices=maps.indices)
-        else:
-            unpooled = model.forward_features(inputs)
-            found = model.forward_intermediates(inputs, indices=maps.indices, intermediates_only=True) if maps else []
+        unpooled, found, classes = None, [], getattr(model, "num_classes", 0)
         try:
-            outputs = {"embedding": model.forward_head(unpooled, pre_logits=True)}
-        except NotImplementedError:  # an encoder that has no head: model(x) is its output
-            outputs = {"embedding": model(inputs)}
-        if getattr(model, "num_classes", 0):
-            outputs["logits"] = model.forward_head(unpooled)
-        if isinstance(unpooled, torch.Tensor):
-            outputs["tokens" if unpooled.ndim == 3 else "unpooled"] = unpooled
-        else:
-            outputs |= {f"unpooled.{i}": output for i, output in enumerate(unpooled, 1)}
+            if maps and maps.in_one_pass:
+                unpooled, found = model.forward_intermediates(inputs, indices=maps.indices)
+            else:
+                unpooled = model.forward_features(inputs)
+                if maps:
+                    found = model.forward_intermediates(inputs, indices=maps.indices, intermediates_only=True)
+            outputs = numbered("embedding", model.forward_head(unpooled, pre_logits=True))
+            if classes:
+                outputs |= numbered("logits", model.forward_head(unpooled))
+        except (NotImplementedError, TypeError, AttributeError):  # it has no such method: model(x) is its output
+            outputs = numbered("logits" if classes else "embedding", model(inputs))
+        is_tokens = isinstance(unpooled, torch.Tensor) and unpooled.ndim == 3
+        outputs |= numbered("tokens" if is_tokens else "unpooled", unpooled)
         order = (0, 2, 3, 1) if maps and maps.channels_last else (0, 1, 2, 3)
         outputs |= {f"feature_map.{i}": output.permute(order) for i, output in enumerate(found, 1)}
         return {name: to_host(output) for name, output in outputs.items()}
+
+
+def tensors_in(output) -> list[torch.Tensor]:
+    """The tensors of an output, which may be a tuple, a list or a dict of them."""
+    leaves = torch.utils._pytree.tree_leaves(output)
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.ndim]
+
+
+def numbered(name: str, output) -> dict[str, torch.Tensor]:
+    """A tensor by this name; those of a tuple, a list or a dict by NAME.1, NAME.2 and so on."""
+    if isinstance(output, torch.Tensor):
+        return {name: output}
+    return {f"{name}.{i}": tensor for i, tensor in enumerate(tensors_in(output), 1)}
+
+
+def main_output(outputs: dict[str, np.ndarray]) -> str:
+    """The name of the output of model(x), the first of several."""
+    return next((name for name in outputs if name.startswith("logits")), next(iter(outputs)))
 
 
 def count_flops(context: Context, shape: tuple[int, ...]) -> int | None:
@@ -849,7 +983,7 @@ class References(NamedTuple):
     @property
     def main(self) -> str:
         """The name of the output of model(x)."""
-        return "logits" if "logits" in self.exact else "embedding"
+        return main_output(self.exact)
 
     def tolerance(self, name: str = "", cost: float | None = None) -> Tolerance:
         """For the difference of two outputs in float32. name: of the output, default model(x). cost: C, if another."""
@@ -1107,6 +1241,8 @@ def precision_stage(context: Context, loaded: Loaded) -> Stage[Precision]:
         yield from judge_modules(modules)
         yield control
     seconds = time.perf_counter() - started + references.seconds
+    import resource  # not on Windows
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / GIB
     passes = f"{seconds:.1f} s with references, {seconds / references.pass_seconds:.1f} x a float32 pass on the CPU"
     yield Entry(VARIES, "precision.time", f"{passes}; peak {peak:.1f} GiB")
@@ -1376,7 +1512,7 @@ def compare_modules(context: Context, loaded: Loaded, strict: Strict, only: str 
         unpooled = outputs.get("tokens", outputs.get("unpooled"))
         if not only and unpooled is not None:  # the pooling is in no module
             names[loaded.cpu] = "forward_head"
-            with contextlib.suppress(NotImplementedError):
+            with contextlib.suppress(NotImplementedError, TypeError, AttributeError, KeyError):
                 pooled = loaded.device.forward_head(torch.from_numpy(np.ascontiguousarray(unpooled)).to(device), pre_logits=True)
                 record(loaded.cpu, pooled, torch.from_numpy(outputs["embedding"]))
     return found
@@ -2076,9 +2212,9 @@ def position(flat: int, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(map(int, np.unravel_index(flat, shape)))
 
 
-def to_host(tensor: torch.Tensor) -> np.ndarray:
-    """A copy on the host as a numpy array; bfloat16, which numpy lacks, becomes float32."""
-    tensor = tensor.detach().cpu()
+def to_host(output) -> np.ndarray:
+    """A copy on the host of a tensor, the first of several; bfloat16, which numpy lacks, becomes float32."""
+    tensor = (output if isinstance(output, torch.Tensor) else tensors_in(output)[0]).detach().cpu()
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
@@ -2410,8 +2546,6 @@ def publication(options: argparse.Namespace) -> int:
         warn_user(f"error: {problem}")
         return 2
     if options.json:
-        import json
-
         print_line(json.dumps(contents, ensure_ascii=False, indent=1))
     for line in () if options.json else markdown(contents, options.language):
         print_line(line)
@@ -2674,23 +2808,47 @@ AVOIDED = {
     "float16": " (the matrix unit of this chip has no float32)",
     "GELU": " (avoided by TORCH_NPU_USE_COMPATIBLE_IMPL=1, not in 2.9.0)",
 }
-# Keys of a checkpoint that hold the weights, in order of preference, and prefixes that wrappers put before their names.
-WRAPPERS = "state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "teacher"
-PREFIXES = "module.", "_orig_mod.", "model.", "backbone."
+# Parts of names that torch's wrappers put before or between the model's own.
+WRAPPED = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|module)\.")
+# What a file of weights is: by its first bytes, in an archive by the names after PK, and by the names of its tensors.
+FOREIGN_FILES = {
+    rb"$": "it is empty",
+    rb"version https://git-lfs": "it is a Git LFS pointer: run git lfs pull in its folder",
+    rb"\s*<": "it is a web page: download the file itself",
+    rb"GGUF": "it is GGUF, of llama.cpp: use the model's safetensors file",
+    rb"\x08[\x01-\x20][\x12:]": "it is ONNX: use the checkpoint that it was exported from",
+    rb"PK .*\.npy( |$)": "it is of NumPy or JAX: load it with load_pretrained() of timm, and save the state_dict()",
+    rb"PK .*/constants\.pkl": "it is TorchScript: save the model's state_dict() instead",
+    rb"PK (?!.*data\.pkl)": "it is a zip archive: unpack it first",
+    rb"(?!\s*\{|PK|\x80)": "it is no checkpoint of torch.save",
+}
+FOREIGN_KEYS = {
+    r"lora_": "its LoRA weights are not merged: save the state_dict() after merge_and_unload()",
+    r"embeddings\.": "these names are those of transformers",
+    r"zero_point|_packed_params": "it is quantised: use the checkpoint that it was made from",
+}
+IMAGE_SIZES = 224, 256, 384, 448, 512, 518, 336, 192, 160, 128, 96, 64, 32, 196, 240, 288, 320, 416, 480, 560, 640, 768
 IMAGE_MODES = {1: "L", 3: "RGB"}  # Pillow's, by the channels that the model takes
 IMAGE_FILES = ".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif"
 WEIGHT_FILES = ".safetensors", ".bin", ".pth", ".pt"
 # Patterns of errors of the hub's client, and what to do.
+STORAGE = "the hub answers, but the file's storage does not, or breaks off: run again, or let your proxy pass it"
 HUB_ERRORS = {
     "No space left": "free space, or set HF_HOME to another disk",
+    "CERTIFICATE_VERIFY": "set SSL_CERT_FILE to the file with your network's certificates",
     "Permission denied|Read-only|Not a directory|No such file": "set HF_HOME to a folder that can be written to",
     "Gated|awaiting a review": "ask for access on the model's page and set HF_TOKEN",
     "SafetensorError|UnpicklingError": "the file in the hub's cache is cut, or a pointer: delete it, and run again",
     "404 Client|RepositoryNotFound|RemoteEntryNotFound": "the hub has no such model, or it is private (set HF_TOKEN)",
-    "LocalEntryNotFound": "unset HF_HUB_OFFLINE if it is set; set HF_ENDPOINT=https://hf-mirror.com if huggingface.co"
-    " cannot be reached",
-    "Timeout|Connect|ProtocolError|ReadError|ChunkedEncoding|URLError|Server Error|Consistency check": "the hub"
-    " answers, but the file's storage does not, or breaks off: run again, or let your proxy pass it",
+    r"\b401\b": "the token in HF_TOKEN or ~/.cache/huggingface/token is not valid: renew or unset it",
+    r"\b(403|451)\b": "your network or proxy blocks it, or your token does not allow it",
+    r"\b429\b": "the hub limits the number of requests: wait some minutes, or set HF_TOKEN",
+    "headers of a hub": "the mirror or a proxy drops them: use another HF_ENDPOINT, or none",
+    "LocalEntryNotFound|OfflineMode": "unset HF_HUB_OFFLINE if it is set, or run again",
+    "KeyError: 'architecture'": "its config.json names no architecture of timm (transformers has other ones): use"
+    " --model with a name of timm, and this folder with --weights",
+    "Server [Ee]rror": "the hub has a failure of its own: run again later",
+    "Timeout|Connect|Protocol|ReadError|ProxyError|ChunkedEncoding|URLError|Consistency check": STORAGE,
 }
 DRY_RUN = " (for a dry run without an NPU: --device cpu)"
 
@@ -2958,7 +3116,7 @@ def stderr_copied(device: torch.device) -> Iterator[list[str]]:
     import tempfile
 
     printed: list[str] = []
-    if device.type != "npu" or sys.stderr is None:
+    if device.type != "npu":
         yield printed
         return
     with tempfile.NamedTemporaryFile("r", errors="replace") as copied:
@@ -3473,6 +3631,10 @@ def check_paths(options: argparse.Namespace) -> None:
     """Find problems that would otherwise appear after minutes of work. Raises CannotRun."""
     import tempfile
 
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise CannotRun("the working directory was deleted: change to another one") from error
     target = os.path.realpath(options.output)
     if os.path.exists(target) and not os.path.isfile(target):
         raise CannotRun(f"the log cannot be written: {options.output} is not a regular file")
@@ -3488,6 +3650,9 @@ def check_paths(options: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     ranks, report = Ranks(), Report()
     try:
+        if sys.stderr is None:  # closed: tqdm and torch write to it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            sys.stderr = open(2, "w", closefd=False)
         if sys.stdout is not None:
             sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
         options = parse_arguments(argv)
@@ -3502,12 +3667,13 @@ def main(argv: list[str] | None = None) -> int:
             return report.result()
         end_on_signals(report, ranks)
         report.restart_timeout("start")
-        if ranks.rank == 0:  # the only rank that writes
+        if ranks.size == 1:  # at once; under torchrun all processes end with the same reason
             check_paths(options)
-        baseline = Log.read(options.baseline) if options.baseline else None  # before it may be replaced
         import_packages()
         # A rank may have to wait until each rank before it has timed each row.
         ranks.connect(report, (options.timeout + options.duration) * (1 + ranks.size))
+        ranks.all_or_none("paths", lambda: ranks.rank or check_paths(options))  # only rank 0 writes
+        baseline = ranks.all_or_none("baseline", lambda: Log.read(options.baseline) if options.baseline else None)
         ranks.all_or_none("name", lambda: check_name(options.model))
         device = ranks.all_or_none("device", lambda: find_device(ranks.device_name(options.device)))
         status = validate(make_context(options, device, ranks, report), report, baseline)

@@ -12,6 +12,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
+REFUSALS = {"forbidden": 403, "blocked": 451, "limited": 429, "broken": 500}  # by whoever is asked, for whatever
+
 
 class HubServer(ThreadingHTTPServer):
     """with HubServer("timm/test_vit.r160_in1k", {"model.safetensors": bytes}) as hub: HF_ENDPOINT=hub.url"""
@@ -44,6 +46,7 @@ class Handler(BaseHTTPRequestHandler):
     def refuse(self, status, code):
         self.send_response(status)
         self.send_header("X-Error-Code", code)
+        self.send_header("Retry-After", "30")
         self.send_header("Content-Length", "0")
         self.end_headers()
 
@@ -73,6 +76,13 @@ class Handler(BaseHTTPRequestHandler):
             self.refuse(401, "GatedRepo")
         elif hub.behaviour == "flaky" and len(hub.requests) <= 2:
             self.refuse(500, "")
+        elif hub.behaviour in REFUSALS or hub.behaviour == "token" and "Authorization" in self.headers:
+            self.refuse(REFUSALS.get(hub.behaviour, 401), "")
+        elif hub.behaviour == "moved":  # as a mirror does: without the hub's headers
+            self.send_response(308)
+            self.send_header("Location", "http://127.0.0.1:9" + self.path)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
         elif hub.behaviour == "missing" or not self.path.startswith(prefix):
             self.refuse(404, "RepoNotFound")
         elif self.path.removeprefix(prefix) not in hub.files:
@@ -87,7 +97,8 @@ class Handler(BaseHTTPRequestHandler):
         start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
         self.send_response(206 if start else 200)
         self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
-        self.send_header("X-Repo-Commit", COMMIT)
+        if hub.behaviour != "no commit":
+            self.send_header("X-Repo-Commit", COMMIT)
         self.send_header("Accept-Ranges", "bytes")
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")

@@ -7,6 +7,7 @@ import math
 import os
 import pty
 import re
+import ssl
 import struct
 import subprocess
 import sys
@@ -100,10 +101,13 @@ def read(terminal):
                      marks=pytest.mark.full),
         ("stall half-way", "(ReadTimeout: timed out): the hub answers, but the file's storage does not, or breaks off"),
         ("storage out of reach", "Connection refused): the hub answers, but the file's storage does not, or breaks off"),
-        (
-            "stall",
-            "set HF_ENDPOINT=https://hf-mirror.com if huggingface.co cannot be reached, or use --weights FILE or random",
-        ),
+        ("stall", "(ReadTimeout: timed out): HF_ENDPOINT=URL does not answer: correct or unset it, or use --weights FILE or random"),
+        ("no commit", "URL does not send X-Repo-Commit and ETag, the headers of a hub): the mirror or a proxy drops them"),
+        ("moved", "URL does not send X-Repo-Commit and ETag, the headers of a hub): the mirror or a proxy drops them"),
+        ("forbidden", "403 Forbidden: None.): your network or proxy blocks it, or your token does not allow it"),
+        ("blocked", "your network or proxy blocks it, or your token does not allow it"),
+        ("limited", "the hub limits the number of requests: wait some minutes, or set HF_TOKEN"),
+        ("broken", "the hub has a failure of its own: run again later"),
     ],
 )
 def test_a_hub_that_does_not_give_the_weights_ends_the_run_in_a_minute(tmp_path, files, behaviour, message):
@@ -112,12 +116,48 @@ def test_a_hub_that_does_not_give_the_weights_ends_the_run_in_a_minute(tmp_path,
         done = from_hub(tmp_path, hub.url)
     assert time.monotonic() - start < 60
     assert done.status == 2, done.stdout
-    *notes, error = done.errors
-    assert "error: " in error and message in error, done.stderr
+    (error,) = done.errors
+    assert "error: " in error and message.replace("URL", hub.url) in error, done.stderr
+    assert not any(" /" == request[-2:] for request in hub.requests), "the home page is not asked"
     assert "Traceback" not in done.stderr
     assert done.stdout.splitlines()[-1].startswith("RESULT: NOT RUN")
     assert done.text == OLD_LOG
-    assert [f"{hub.url} does not answer" in note for note in notes] == [True] * (behaviour == "stall")
+
+
+def test_a_token_that_has_expired_is_named_although_the_model_is_public(tmp_path, files):
+    with HubServer(REPOSITORY, files, "token") as hub:
+        done = from_hub(tmp_path, hub.url, HF_TOKEN="hf_expired")
+    assert done.status == 2 and "the token in HF_TOKEN or ~/.cache/huggingface/token is not valid" in done.errors[0], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "HF_ENDPOINT=http://127.0.0.1:9 does not answer: correct or unset it"),
+        ({"HF_ENDPOINT": "http://hub.invalid", "HTTP_PROXY": "http://me:secret@127.0.0.1:9"},
+         "the proxy http://127.0.0.1:9 does not answer: correct or unset HTTP_PROXY"),
+    ],
+    ids=["no hub", "no proxy"],
+)  # fmt: skip
+def test_what_does_not_answer_is_named(tmp_path, env, message):
+    """A closed port of this machine stands for a hub, or a proxy, that is gone. What a proxy's URL hides stays hidden."""
+    done = start(PRETRAINED, tmp_path, env | {"HF_HOME": str(tmp_path)})
+    assert done.status == 2 and message in done.errors[0] and "secret" not in done.errors[0], done.stderr
+
+
+def test_a_certificate_of_the_users_own_network_is_named(tmp_path, files):
+    """A hub with a self-signed certificate: with SSL_CERT_FILE it is trusted."""
+    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext subjectAltName=DNS:localhost"
+    subprocess.run([*command.split(), "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    with HubServer(REPOSITORY, files) as hub:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate, key)
+        hub.socket = context.wrap_socket(hub.socket, server_side=True)
+        url = f"https://localhost:{hub.server_port}"
+        refused, trusted = from_hub(tmp_path, url), from_hub(tmp_path, url, SSL_CERT_FILE=str(certificate))
+    assert refused.status == 2 and "set SSL_CERT_FILE to the file with your network's certificates" in refused.errors[0]
+    assert trusted.clean, trusted.stderr
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -218,9 +258,9 @@ def as_type(dtype):
         (wrapped(teacher=dict, student=dict), "f.pth", "file f.pth, its teacher"),
         (wrapped(model=dict, model_ema=dict), "f.pth", "file f.pth, its model_ema"),
         (wrapped(model=dict, args=argparse.Namespace(lr=0.1), best=v.np.float64(0.8)), "f.pth", "file f.pth, its model"),
-        (prefixed("_orig_mod."), "f.pth", "file f.pth, prefix _orig_mod. stripped"),
+        (prefixed("_orig_mod."), "f.pth", "file f.pth"),
         (prefixed("model."), "f.pth", "file f.pth, prefix model. stripped"),
-        (prefixed("module.backbone."), "f.pth", "file f.pth, prefix module. stripped, prefix backbone. stripped"),
+        (prefixed("module.backbone."), "f.pth", "file f.pth, prefix backbone. stripped"),
         (as_type(torch.float64), "f.safetensors", "file f.safetensors, from float64"),
     ],
     ids=["clone", "shards", "index", "model_state_dict", "teacher", "EMA", "training checkpoint", "compiled", "Lightning",
@@ -280,7 +320,7 @@ def changed(change):
         (lambda state, path: torch.save(timm.create_model("test_vit"), path),
          "it holds a timm.models.vision_transformer.VisionTransformer, not only tensors: save the model's state_dict()"),
         (lambda state, path: torch.save([torch.ones(2)], path), "f.pth holds a list, not a state dict"),
-        (lambda state, path: torch.save({"embeddings.cls_token": torch.ones(1, 2)}, path), "(these names are those of transformers)"),
+        (lambda state, path: torch.save({"embeddings.cls_token": torch.ones(1, 2)}, path), "these names are those of transformers"),
     ],
     ids=["LFS pointer", "web page", "empty", "NaN", "int8", "fp8", "zeros", "pickled model", "list", "transformers"],
 )  # fmt: skip

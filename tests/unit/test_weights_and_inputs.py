@@ -2,10 +2,13 @@
 
 import copy
 import dataclasses
+import json
 import re
 import types
+import zipfile
 
 import pytest
+import safetensors.torch
 from small_run import CPU, after_model_stage, drain, marks, new_context
 
 import validate_npu as v
@@ -145,6 +148,322 @@ def test_the_qkvb_variant_with_zero_biases_gives_the_outputs_of_the_plain_one():
     assert v.compare(outputs[1], outputs[0]).max_row < 1e-6
 
 
+# --- weights as people have them --------------------------------------------------------------------------------------
+
+
+def load(path, model="test_vit", *more):
+    """The model with the weights of this file, and the line `weights` of the log."""
+    return v.load_model(new_context("--model", model, "--weights", path, *more).options)
+
+
+def drawn(name, **changes):
+    """The state dict of random weights with which every block matters."""
+    model = timm.create_model(name, **changes).eval()
+    v.draw_weights(model, 1)
+    return model.state_dict()
+
+
+def behind(prefix, state):
+    return {prefix + key: value for key, value in state.items()}
+
+
+def inside(wrapper, state):
+    return {key.replace("blocks.0.", f"blocks.0.{wrapper}."): value for key, value in state.items()}
+
+
+def other(state):
+    return {key: value + 1 for key, value in state.items()}
+
+
+SCALARS = {"epoch": torch.tensor(3), "best_acc": torch.tensor(0.8)}
+WRAPPED = {
+    "DeepSpeed": (lambda s: {"module": s}, ", its module"),
+    "SparK": (lambda s: {"arch": "vit", "module": s, "is_pretrain": False}, ", its module"),
+    "net": (lambda s: {"net": s}, ", its net"),
+    "any name": (lambda s: {"weights of 2026": s}, ", its weights of 2026"),
+    "two deep": (lambda s: {"model": {"state_dict": s}}, ", its model.state_dict"),
+    "RT-DETR": (lambda s: {"model": other(s), "ema": {"module": s}}, ", its ema.module"),
+    "params_ema": (lambda s: {"params": other(s), "params_ema": s}, ", its params_ema"),
+    "DINO": (lambda s: {"student": behind("module.backbone.", other(s)), "teacher": behind("backbone.", s), "epoch": 3},
+             ", its teacher, prefix backbone. stripped"),
+    "DINOv2": (lambda s: {"model": behind("student.backbone.", other(s)) | behind("teacher.backbone.", s)},
+               ", its model, prefix teacher.backbone. stripped (80 other tensors dropped)"),
+    "optimizer": (lambda s: {"model": s, "optimizer": {"state": {0: {"exp_avg": torch.ones(9)}}}}, ", its model"),
+    "TimmWrapper": (lambda s: behind("timm_model.", s), ", prefix timm_model. stripped"),
+    "terratorch": (lambda s: behind("encoder._timm_module.", s), ", prefix encoder._timm_module. stripped"),
+    "Sequential": (lambda s: behind("0.", s), ", prefix 0. stripped"),
+    "Lightning": (lambda s: {"state_dict": behind("model.", s) | {"criterion.weight": torch.ones(7)}},
+                  ", its state_dict, prefix model. stripped (1 other tensors dropped)"),
+    "FSDP": (lambda s: behind("_fsdp_wrapped_module.", s), ""),
+    "AveragedModel": (lambda s: behind("module.", s) | {"n_averaged": torch.tensor(5)}, ""),
+    "activation checkpointing": (lambda s: inside("_checkpoint_wrapped_module", s), ""),
+    "regional compilation": (lambda s: inside("_orig_mod", s), ""),
+    "flat, with figures": (lambda s: s | SCALARS, ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_weights_are_found_where_most_of_the_names_of_the_model_are(tmp_path, name):
+    """Whatever wrapped them. Of several that fit, the average is taken."""
+    wrap, said = WRAPPED[name]
+    state = drawn("test_vit")
+    torch.save(wrap(state), tmp_path / "f.pth")
+    model, source = load(tmp_path / "f.pth")
+    assert source == f"file f.pth{said}" and v.sha256(model.state_dict()) == v.sha256(state)
+
+
+def without_counters(state):
+    return {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
+
+
+@pytest.mark.parametrize(("model", "changes", "change", "said"), [
+    ("test_dinov3", {"num_classes": 10}, lambda s: s, ", 10 classes, as in the file"),
+    ("test_vit", {"num_classes": 10}, lambda s: s, ", 10 classes, as in the file"),
+    ("test_vit", {"num_classes": 0}, lambda s: s, ", 0 classes, as in the file"),
+    ("test_resnet", {}, without_counters, ""),
+    ("test_vit", {"img_size": 224}, lambda s: s,
+     ", pos_embed resampled from 1x197x64 to 1x101x64; the file is for images of 224 x 224 (--img-size 224)"),
+    ("test_swin", {"window_size": 2}, lambda s: s, ", layers.0.blocks.0.attn.relative_position_bias_table and 3 more resampled"
+     " from 9x2 to 49x2"),
+], ids=["a classifier for DINOv3", "other classes", "no classifier", "no num_batches_tracked", "positions", "relative positions"])  # fmt: skip
+def test_what_was_changed_while_loading_is_said(tmp_path, model, changes, change, said):
+    if model == "test_swin":  # its size and windows are fixed, so the same in a file of another window
+        state = {key: torch.randn(9, value.shape[1]) if "bias_table" in key else value for key, value in drawn(model).items()}
+    else:
+        state = drawn(model, **changes)
+    torch.save(change(state), tmp_path / "f.pth")
+    loaded, source = load(tmp_path / "f.pth", model)
+    assert source == f"file f.pth{said}"
+    changed = {key for key, value in loaded.state_dict().items() if not key.endswith("tracked") and
+               (value.shape != state[key].shape or not torch.equal(value, state[key]))}  # fmt: skip
+    assert changed == {key for key in state if "resampled" in said and re.search("pos_embed|bias_table", key)}
+
+
+def quantised(state):
+    return torch.ao.quantization.quantize_dynamic(timm.create_model("test_vit")).state_dict()
+
+
+def with_lora(state):
+    wrapped = {key.replace("qkv.weight", "qkv.base_layer.weight"): value for key, value in state.items()}
+    return behind("base_model.model.", wrapped | {"blocks.0.attn.qkv.lora_A.default.weight": torch.ones(4, 64)})
+
+
+@pytest.mark.parametrize(("model", "make", "said"), [
+    ("test_vit", with_lora, "its LoRA weights are not merged: save the state_dict() after merge_and_unload()"),
+    ("test_vit", lambda s: {f"base_model.model.blocks.{i}.lora_A.weight": torch.ones(4, 2) for i in (0, 1)}, "its LoRA weights are not merged"),
+    ("test_vit", quantised, "it is quantised: use the checkpoint that it was made from"),
+    ("test_vit", lambda s: {"arch": 1, "net": {"conv.weight": torch.ones(2, 2)}, "epoch": 2}, "the file has arch, net, epoch"),
+    ("test_vit", lambda s: {"head.0.weight" if k == "head.weight" else "head.0.bias" if k == "head.bias" else k: t
+                            for k, t in s.items()}, "its head is a Sequential, which this model of timm does not have"),
+    ("cait_xxs24_224", lambda s: timm.create_model("cait_xxs24_224", img_size=256).state_dict(),
+     "keys 1 of another shape (pos_embed); the file is for images of 256 x 256 (--img-size 256)"),
+], ids=["LoRA", "an adapter", "dynamic int8", "another model", "a Sequential", "another image size"])  # fmt: skip
+def test_a_checkpoint_that_does_not_fit_is_named_for_what_it_is(tmp_path, model, make, said):
+    torch.save(make(drawn("test_vit")), tmp_path / "f.pth")
+    with pytest.raises(v.CannotRun, match=re.escape(said)):
+        load(tmp_path / "f.pth", model)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors.1", "M.SAFETENSORS", "a" * 64, "model (1).safetensors.download", "vit.pth.tar"])
+def test_the_first_bytes_say_what_a_file_is_and_not_its_name(tmp_path, name):
+    state = drawn("test_vit")
+    write = torch.save if name.endswith("tar") else safetensors.torch.save_file
+    write(state, tmp_path / name)
+    model, source = load(tmp_path / name)
+    assert source == f"file {name}" and v.sha256(model.state_dict()) == v.sha256(state)
+
+
+def zipped(path):
+    torch.save({"a": torch.ones(2)}, path.with_suffix(".pth"))
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.write(path.with_suffix(".pth"), "vit.pth")
+
+
+def savez(path):
+    with open(path, "wb") as file:
+        np.savez(file, cls=np.zeros(4))
+
+
+@pytest.mark.parametrize(("write", "said"), [
+    (savez, "it is of NumPy or JAX: load it with load_pretrained() of timm, and save the state_dict()"),
+    (zipped, "it is a zip archive: unpack it first"),
+    (lambda path: torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path), "it is TorchScript: save the model's state_dict()"),
+    (lambda path: path.write_bytes(b"\x08\x08\x12\x07pytorch\x1a\x06"), "it is ONNX: use the checkpoint that it was exported from"),
+    (lambda path: path.write_bytes(b"GGUF\3\0\0\0"), "it is GGUF, of llama.cpp: use the model's safetensors file"),
+    (lambda path: path.write_bytes(b"\x89HDF\r\n"), "it is no checkpoint of torch.save"),
+], ids=["npz", "zip", "TorchScript", "ONNX", "GGUF", "HDF5"])  # fmt: skip
+def test_a_file_of_another_format_is_named_with_the_way_out(tmp_path, write, said):
+    write(tmp_path / "f.pth")
+    with pytest.raises(v.CannotRun, match=re.escape(f"f.pth cannot be read: {said}")):
+        load(tmp_path / "f.pth")
+
+
+def test_the_cache_of_the_hub_is_a_folder_of_weights(tmp_path):
+    state = drawn("test_vit")
+    folder = tmp_path / "models--timm--test_vit" / "snapshots" / "0123"
+    folder.mkdir(parents=True)
+    safetensors.torch.save_file(state, folder / "model.safetensors")
+    model, source = load(tmp_path / "models--timm--test_vit")
+    assert source == "file model.safetensors" and v.sha256(model.state_dict()) == v.sha256(state)
+
+
+def folder_of_transformers(folder, prefix="", **config):
+    safetensors.torch.save_file(behind(prefix, drawn("test_vit")), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_a_folder_of_transformers_loads_if_it_names_a_model_of_timm(tmp_path):
+    config = {"architecture": "test_vit", "architectures": ["TimmWrapperModel"], "model_args": None, "pretrained_cfg": {}}
+    folder_of_transformers(tmp_path, "timm_model.", **config)
+    options = new_context("--model", f"local-dir:{tmp_path}", "--weights", "pretrained").options
+    model, source = v.load_model(options)
+    assert source == "file model.safetensors, prefix timm_model. stripped"
+    assert v.sha256(model.state_dict()) == v.sha256(drawn("test_vit"))
+
+
+def test_a_folder_of_transformers_that_names_none_is_named(tmp_path):
+    folder_of_transformers(tmp_path, architectures=["DINOv3ViTModel"], model_type="dinov3_vit")
+    with pytest.raises(v.CannotRun, match="its config.json names no architecture of timm .transformers has other ones.: use --model"):
+        v.load_model(new_context("--model", f"local-dir:{tmp_path}", "--weights", "pretrained").options)
+
+
+def test_tensors_that_the_model_does_not_get_are_not_judged(tmp_path):
+    """As DINOv3's bias_mask, which timm drops."""
+    state = drawn("vit_small_patch16_dinov3")
+    original = {key.replace("reg_token", "storage_tokens").replace("gamma_1", "ls1.gamma").replace("gamma_2", "ls2.gamma"): value
+                for key, value in state.items()}  # fmt: skip
+    nan = {f"blocks.{i}.attn.qkv.bias_mask": torch.full((1152,), float("nan")) for i in range(12)}
+    torch.save(original | nan | {"rope_embed.periods": torch.ones(16)}, tmp_path / "f.pth")
+    assert v.sha256(load(tmp_path / "f.pth", "vit_small_patch16_dinov3")[0].state_dict()) == v.sha256(state)
+
+
+# --- a model that the CPU itself does not run -------------------------------------------------------------------------
+
+
+def negative_variance(state):
+    state["bn1.running_var"].fill_(-1)
+
+
+def overflow(state):
+    state["blocks.1.mlp.fc1.weight"].mul_(1e30)
+    state["blocks.1.mlp.fc2.weight"].mul_(1e30)
+
+
+@pytest.mark.parametrize(("model", "spoil", "module"), [("test_resnet", negative_variance, "bn1"),
+                                                         ("test_vit", overflow, "blocks.1.mlp.fc2")])  # fmt: skip
+def test_a_model_that_gives_nan_on_the_cpu_judges_no_device(tmp_path, model, spoil, module):
+    """Finite weights. The first module that gives it is named."""
+    state = drawn(model)
+    spoil(state)
+    torch.save(state, tmp_path / "f.pth")
+    with pytest.raises(v.CannotRun, match=f"gives NaN or Inf on the CPU, too, so that it .* it begins in {re.escape(module)}$"):
+        load(tmp_path / "f.pth", model)
+
+
+class Plain(torch.nn.Module):
+    """A plug-in that is nothing but a forward pass."""
+
+    pretrained_cfg, num_classes = {"input_size": (3, 32, 32)}, 5
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = torch.nn.Conv2d(3, 16, 8, 8), torch.nn.Linear(16, 5)
+
+    def forward(self, x):
+        return self.head(self.stem(x).mean((2, 3)))
+
+
+class Timms(Plain):
+    def forward_features(self, x):
+        return self.stem(x)
+
+    def forward_head(self, x, pre_logits=False):
+        return x.mean((2, 3)) if pre_logits else self.head(x.mean((2, 3)))
+
+    def forward(self, x):
+        return self.forward_head(self.forward_features(x))
+
+
+class GivesTuple(Timms):
+    def forward(self, x):
+        features = self.forward_features(x)
+        return self.forward_head(features), features
+
+
+class GivesDict(GivesTuple):
+    def forward(self, x):
+        return dict(zip(("logits", "features"), super().forward(x)))
+
+
+class FeaturesInADict(Timms):
+    def forward_features(self, x):
+        return {"map": self.stem(x), "kind": "map"}
+
+    def forward_head(self, x, pre_logits=False):
+        return super().forward_head(x["map"], pre_logits)
+
+
+class TwoHeads(Timms):
+    def forward_head(self, x, pre_logits=False):
+        return super().forward_head(x, True) if pre_logits else (super().forward_head(x), super().forward_head(x) * 2)
+
+
+class HeadWithoutPreLogits(Timms):
+    def forward_head(self, x):
+        return self.head(x.mean((2, 3)))
+
+
+class NoClassifier(HeadWithoutPreLogits):
+    """As mobilenetv5_300m_enc."""
+
+    num_classes = 0
+
+    def forward(self, x):
+        return self.forward_features(x)
+
+
+class GivesText(Plain):
+    def forward(self, x):
+        return "a cat"
+
+
+class AnotherHead(Timms):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+PLUG_INS = {
+    Plain: {"logits"},
+    GivesTuple: {"embedding", "logits", "unpooled"},
+    GivesDict: {"embedding", "logits", "unpooled"},
+    FeaturesInADict: {"embedding", "logits", "unpooled.1"},
+    TwoHeads: {"embedding", "logits.1", "logits.2", "unpooled"},
+    HeadWithoutPreLogits: {"logits", "unpooled"},
+    NoClassifier: {"embedding", "unpooled"},
+    GivesText: "the forward pass of the model gives no tensor",
+    AnotherHead: r"model\(x\) is not forward_head\(forward_features\(x\)\)",
+}
+
+
+@pytest.mark.parametrize("kind", PLUG_INS, ids=lambda kind: kind.__name__)
+def test_a_plug_in_of_another_form_is_judged_or_named(monkeypatch, kind):
+    """Through all stages: its tensors are judged, in tuples and dicts, too, and a healthy device passes."""
+    expected = PLUG_INS[kind]
+    monkeypatch.setattr(v, "create_model", lambda options, **more: kind())
+    context = new_context("--batch-sizes", "1", "2")
+    _, probe = drain(v.device_stage(context))
+    if isinstance(expected, str):
+        with pytest.raises(v.CannotRun, match=expected):
+            drain(v.model_stage(context, probe))
+        return
+    _, loaded = drain(v.model_stage(context, probe))
+    assert set(loaded.first) == expected
+    entries, outputs = drain(v.outputs_stage(context, loaded))
+    more, checked = drain(v.precision_stage(context, loaded))
+    last, _ = drain(v.throughput_stage(context, outputs, checked))
+    assert set(marks([*entries, *more, *last]).values()) <= {v.PASS, v.SKIP}
+
+
 # --- inputs -----------------------------------------------------------------------------------------------------------
 
 
@@ -244,6 +563,26 @@ def test_a_model_whose_channels_no_image_has_is_an_error(tmp_path):
     save_image(tmp_path / "a.png", "RGB")
     config = timm.data.resolve_model_data_config(timm.create_model("test_vit")) | {"input_size": (4, 160, 160)}
     with pytest.raises(v.CannotRun, match="^the model takes inputs of 4 channels, which images do not have$"):
+        list(v.load_images([str(tmp_path / "a.png")], config))
+
+
+def test_a_folder_of_pictures_is_one_of_a_mac_or_of_classes(tmp_path):
+    """Hidden files are no pictures; those in subfolders are named with the pattern that works."""
+    save_image(tmp_path / "a.png")
+    (tmp_path / "._a.png").write_bytes(b"\0\5\x16\7Mac OS X")
+    assert v.image_files([str(tmp_path)]) == [str(tmp_path / "a.png")]
+    (tmp_path / "val" / "cat").mkdir(parents=True)
+    save_image(tmp_path / "val" / "cat" / "b.png")
+    with pytest.raises(v.CannotRun, match="has no images that can be read: use --image '(.*)' for those in its folders") as error:
+        v.image_files([str(tmp_path / "val")])
+    pattern = re.search("'(.*)'", str(error.value))[1]
+    assert v.image_files([pattern]) == [str(tmp_path / "val" / "cat" / "b.png")]
+
+
+def test_a_model_of_one_channel_with_three_means_is_named(tmp_path):
+    save_image(tmp_path / "a.png", "L")
+    config = timm.data.resolve_model_data_config(timm.create_model("test_vit")) | {"input_size": (1, 160, 160)}
+    with pytest.raises(v.CannotRun, match=r"^the model takes 1 channel\(s\), and its pretrained_cfg has 3 means: give it 1 in config"):
         list(v.load_images([str(tmp_path / "a.png")], config))
 
 
