@@ -64,14 +64,17 @@ import platform
 import re
 import resource
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
+from importlib.util import find_spec
 from typing import NamedTuple
 
 VERSION = "3.0"  # of the log: logs of different versions are not comparable
@@ -159,6 +162,7 @@ class Mode:
     hf32: bool = False  # HF32 (TF32 on CUDA) in matrix products, too
     strict: bool = False  # no reduced-precision float32
     graph: bool = False  # captured as an NPU or CUDA graph, and replayed
+    compiled: str = ""  # the mode that torch.compile compiles, to other operators: it has outputs of its own
 
     @property
     def in_half(self) -> bool:
@@ -177,21 +181,22 @@ class Mode:
         with set_reduced_fp32(device, switches), autocast:
             yield
 
-    def unsupported_reason(self, device: torch.device) -> str:
-        """Why the device cannot run in this mode, "" if it can."""
+    def unsupported_reason(self, device: torch.device, lacks: str) -> str:
+        """Why the device cannot run in this mode, "" if it can. lacks: of its compiler."""
         if not supports_dtype(device, self.amp or self.half):
             return f"{device} does not support {self.amp or self.half}"
         if self.hf32 and not (reduced_fp32_switches(device) and supports_dtype(device, "bfloat16")):
             return f"{device} has no reduced-precision float32"
-        return "a CPU has no graphs to capture" if self.graph and device.type == "cpu" else ""
+        return lacks if self.compiled else "a CPU has no graphs to capture" if self.graph and device.type == "cpu" else ""
 
 
 FLOAT32, STRICT = Mode("float32", "float32"), Mode("strict", "strict", strict=True)
 BASE_MODES = [FLOAT32, Mode("hf32", "hf32", hf32=True)]
 BASE_MODES += [Mode(f"amp-{dtype}", f"amp-{dtype}", amp=dtype) for dtype in ("float16", "bfloat16")]
 BASE_MODES += [Mode(dtype, dtype, half=dtype) for dtype in ("float16", "bfloat16")]
-MODES = {mode.name: mode for base in BASE_MODES for mode in
-         (base, dataclasses.replace(base, name=f"{base.name}+graph", graph=True))}  # fmt: skip
+MODES = {mode.name: mode for base in BASE_MODES for name in (base.name,) for mode in
+         (base, dataclasses.replace(base, name=f"{name}+graph", graph=True),
+          dataclasses.replace(base, name=f"{name}+compile", base=f"{name}+compile", compiled=name))}  # fmt: skip
 
 # Operands of the products of stage 1, large enough for the kernels that models get. A convolution has padding 1.
 PROBES = {"matmul": ((1024, 1024), (1024, 1024)), "convolution": ((4, 64, 56, 56), (64, 64, 3, 3))}
@@ -233,8 +238,9 @@ class Context:
     modes: tuple[Mode, ...]  # to validate and to time
     unsupported: dict[Mode, str]  # requested modes that the device cannot run, with the reason
     meta_model: torch.nn.Module | None  # the model on the meta device, without memory; None if timm cannot build it
+    compiler: str  # the backend of torch.compile, "" if it is not needed, or if none can be used
 
-    report_progress: Callable  # restarts the timeout, extended by the seconds that it gets
+    report_progress: Callable  # restarts the timeout, extended by the seconds that it gets; and what is done meanwhile
 
     @property
     def batch_sizes(self) -> list[int]:
@@ -243,13 +249,18 @@ class Context:
 
 def make_context(options: argparse.Namespace, device: torch.device, ranks: Ranks, report: Report) -> Context:
     requested = dict.fromkeys([FLOAT32, *(MODES[name] for name in options.modes)])
-    unsupported = {mode: reason for mode in requested if (reason := mode.unsupported_reason(device))}
+    compiler, lacks = "", ""
+    if any(mode.compiled for mode in requested):
+        folder = tempfile.TemporaryDirectory(prefix="validate_npu.", ignore_cleanup_errors=True)
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = report.caches.enter_context(folder)
+        compiler, lacks = find_compiler(device, options.compile_backend)
+    unsupported = {mode: reason for mode in requested if (reason := mode.unsupported_reason(device, lacks))}
     modes = tuple(mode for mode in requested if mode not in unsupported)
     meta_model = None
     with contextlib.suppress(Exception), torch.device("meta"):
         meta_model = create_model(options).eval()
-    progress = lambda seconds=0.0: report.restart_timeout(report.stage, seconds)  # noqa: E731
-    return Context(options, device, ranks, fp32_precision(device), modes, unsupported, meta_model, progress)
+    progress = lambda seconds=0.0, what="": report.restart_timeout(report.stage, seconds, what)  # noqa: E731
+    return Context(options, device, ranks, fp32_precision(device), modes, unsupported, meta_model, compiler, progress)
 
 
 def validate(context: Context, report: Report, baseline: Log | None) -> int:
@@ -302,6 +313,7 @@ def device_stage(context: Context) -> Stage[Probe]:
         "host": host_name(),
         "settings": ", ".join(settings(device)),
         "environment": " ".join(environment),
+        "compiler": context.compiler and f"torch.compile with {context.compiler}",
         "fp32_precision": str(probe),
     }.items():
         if text:
@@ -1070,25 +1082,31 @@ def precision_stage(context: Context, loaded: Loaded) -> Stage[Precision]:
         control = negative_control(context, loaded, strict, modules)
         least_fail = 0.0 if any(module.mark == FAIL for module in modules) else UNEXPLAINED
         errors, tolerances = {}, {}
+        gelu = compare(references.expected[main], references.exact[main]).max_row
         yield from PRECISION.header()
         for mode, outputs in results.items():
             if mode == STRICT and strict.reason:
                 continue
-            if isinstance(outputs, str):  # one mode that fails does not end the others
-                yield PRECISION.note(FAIL, f"precision.{mode.name}", outputs, advice=device_log(context.device))
+            if not isinstance(outputs, dict):  # one mode that fails does not end the others
+                mark, advice = SKIP if isinstance(outputs, CannotCapture) else FAIL, device_log(context.device)
+                yield PRECISION.note(mark, f"precision.{mode.name}", str(outputs), advice=advice)
                 continue
             units = mode_units(context, loaded, mode)
-            entries = [judge_output(references, least_fail, name, mode.name, outputs[name], units[name]) for name in outputs]
+            # A compiler may expand GELU in the form that the model requests, where the operator computes another.
+            near = [compare(outputs[main][0], form[main]).max_row for form in (references.expected, references.exact)]
+            expanded = mode.compiled and near[1] < near[0]
+            refs = references._replace(expected=references.exact) if expanded else references
+            entries = [judge_output(refs, least_fail, name, mode.name, outputs[name], units[name]) for name in outputs]
             yield from entries
             if not any(entry.mark == FAIL for entry in entries):
                 errors[mode.name] = compare(outputs[main][0], references.exact[main]).max_row
             # Timed outputs are compared with those of stage 3 in float32, which may cost C as well.
-            tolerances[mode.name] = Tolerance(*map(max, units[main].tolerance, references.tolerance()))
+            timed = references.tolerance(cost=references.costs[main] + (gelu if expanded else 0.0))
+            tolerances[mode.name] = Tolerance(*map(max, units[main].tolerance, timed))
         if strict.reason:
             yield PRECISION.note(SKIP, "precision.strict", strict.reason)
         images = f" and {len(loaded.images)} images" if loaded.images is not None else ""
         yield PRECISION.legend(f"one input of {PRECISION_SEEDS} seeds{images}. {LIMITS_TEXT}")
-        gelu = compare(references.expected[main], references.exact[main]).max_row
         costs = {"GELU": gelu, reduced_names(context.documented): references.costs[main]}
         costs = {name: cost for name, cost in costs.items() if cost}
         yield from explain_precision(context, loaded, results, costs)
@@ -1107,18 +1125,26 @@ def precision_stage(context: Context, loaded: Loaded) -> Stage[Precision]:
     return Precision(main, errors, tolerances, costs, list(bad.values()))
 
 
-def run_modes(context: Context, loaded: Loaded) -> dict[Mode, dict[str, tuple[np.ndarray, ...]] | str]:
+def run_modes(context: Context, loaded: Loaded) -> dict[Mode, dict[str, tuple[np.ndarray, ...]] | str | CannotCapture]:
     """The outputs of the device in each base mode, by name; if a mode raised an error, its description.
 
+    A compiled mode has only that of model(x), which stage 5 times; CannotCapture if it cannot be compiled.
     In float32 also those of the first forward pass, at batch size 1: no batch of stage 3 is a reference for them.
     """
     device, inputs, results = context.device, loaded.references.inputs, {}
     modes = dict.fromkeys(MODES[mode.base] for mode in context.modes)
     for mode in [STRICT, *modes] if reduced_names(context.documented) not in ("", "float16") else modes:
         try:
+            batch = inputs.to(device, mode.dtype)
             with in_mode(loaded, mode) as model, mode.active(device):
-                outputs = forward_outputs(model, inputs.to(device, mode.dtype), loaded.maps)
+                if mode.compiled:
+                    with forward_pass(context, mode, model, batch) as forward:
+                        outputs = {loaded.references.main: to_host(forward(batch))}
+                else:
+                    outputs = forward_outputs(model, batch, loaded.maps)
             results[mode] = {name: (output,) for name, output in outputs.items()}
+        except CannotCapture as problem:
+            results[mode] = problem
         except RuntimeError as error:
             if mode == FLOAT32 or not still_works(device):
                 raise
@@ -1765,29 +1791,76 @@ def time_size(
     inputs = outputs.loaded.inputs[rows].to(device, mode.dtype)
     reference = outputs.eager[rows] if eager is None else eager
 
-    def forward(inputs):  # the context is entered for each call, as a program does
-        with mode.active(device):
-            return model(inputs)
-
     if device.type != "cpu":  # the memory functions of torch.accelerator need torch_npu 2.13
         module = torch.get_device_module(device.type)
         with contextlib.suppress(RuntimeError):  # torch_npu 2.9.0 refuses after a capture that failed
             module.empty_cache()
         module.reset_peak_memory_stats(device)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.inference_mode())
-        started = time.perf_counter()
-        if mode.graph:
-            stack.enter_context(constant_rope(model))
-            stack.enter_context(without_internal_formats(device))
-            forward = captured(forward, inputs, device)
+    started = time.perf_counter()
+    with forward_pass(context, mode, model, inputs) as forward:
         capture_ms = 1000 * (time.perf_counter() - started)
         timing = time_batches(context, mode, forward, inputs, reference, seconds)
     return dataclasses.replace(timing, first_ms=timing.first_ms + capture_ms)
 
 
 class CannotCapture(Exception):
-    """The forward pass cannot be captured as a graph. The message has the reason."""
+    """The forward pass cannot be captured as a graph, or compiled. The message has the reason."""
+
+
+@contextlib.contextmanager
+def forward_pass(context: Context, mode: Mode, model: torch.nn.Module, inputs: torch.Tensor) -> Iterator[Callable]:
+    """Inside, a function runs the model, which is in this mode, on inputs of this shape. Raises CannotCapture."""
+    program = model
+
+    def forward(inputs):  # the context is entered for each call, as a program does
+        with mode.active(context.device):
+            return program(inputs)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad() if mode.compiled else torch.inference_mode())  # torchair needs no_grad
+        if mode.graph or mode.compiled:
+            stack.enter_context(constant_rope(model))
+            stack.enter_context(without_internal_formats(context.device))
+        if mode.compiled:
+            program = compiled(context, mode, model, inputs)
+            stack.callback(torch.compiler.reset)  # frees the memory of its graphs
+        yield captured(forward, inputs, context.device) if mode.graph else forward
+
+
+def compiled(context: Context, mode: Mode, model: torch.nn.Module, inputs: torch.Tensor) -> Callable:
+    """The model, compiled as one graph for inputs of this shape. Raises CannotCapture if that fails or other code ran.
+
+    It is compiled with zeros as input, so a correct output proves that the graph reads its inputs.
+    """
+    backend, zeros, output = context.compiler, torch.zeros_like(inputs), None
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    kind = "reduce-overhead" if (context.device.type, backend) == ("cuda", "inductor") else None
+    context.report_progress(0.0, f" (compiling {mode.name})")
+    torch.compiler.reset()  # else each call checks the guards of all shapes
+    torch._dynamo.utils.counters.clear()
+    try:
+        with mode.active(context.device):
+            model(zeros)  # fills the tables of constant_rope()
+            program = torch.compile(model, fullgraph=True, dynamic=False, backend=backend, mode=kind)
+            for _ in range(4):  # the second call captures graphs
+                previous, output = output, program(zeros)
+        synchronize(context.device)
+    except Exception as error:  # compilers fail in many ways
+        cause = getattr(error, "inner_exception", error)
+        if isinstance(cause, RuntimeError) and is_out_of_memory(cause):
+            raise cause
+        reason = str(cause).rstrip().split("\n")[-1] if "C++ compile error" in str(cause) else explain(cause)
+        raise CannotCapture(f"torch.compile with {backend} failed: {reason}") from error
+    finally:
+        for number, handler in handlers.items():  # npugraph_ex and torchair replace them
+            signal.signal(number, handler)
+        context.report_progress()
+    # npugraphs runs single operators, without an error, if one is on the CPU. A graph has one memory for its output.
+    replayed = backend not in NPU_GRAPHS or output.data_ptr() == previous.data_ptr()
+    if not replayed or not torch._dynamo.utils.counters["stats"]["unique_graphs"]:
+        cause = "TORCHDYNAMO_DISABLE is set" if replayed else "operators on the CPU"
+        raise CannotCapture(f"torch.compile with {backend} did not run a graph: {cause}?")
+    return program
 
 
 def captured(forward: Callable, inputs: torch.Tensor, device: torch.device) -> Callable:
@@ -1830,7 +1903,8 @@ def constant_rope(model: torch.nn.Module) -> Iterator[None]:
     """
     ropes = [module for module in model.modules() if hasattr(module, "get_embed")]
     for rope in ropes:
-        rope.get_embed = functools.cache(rope.get_embed)
+        table = functools.cache(rope.get_embed)
+        rope.get_embed = torch.compiler.assume_constant_result(lambda *shape, of=table, **named: of(*shape, **named))
     try:
         yield
     finally:
@@ -1876,16 +1950,24 @@ def explain_throughput(timings: list[Timing], device: torch.device) -> Iterator[
         return ", ".join(f"{group[0].mode.name} {' '.join(str(t.batch) for t in group)}" for group in groups)
 
     if device.type != "cpu" and (bound := rows(lambda timing: timing.host_bound)):
-        advice = "larger batches are nearly free; +graph or a faster CPU helps, half precision does not"
+        advice = "larger batches are nearly free; +graph, +compile or a faster CPU helps, half precision does not"
         yield Entry(VARIES, "throughput.host_bound", f"{bound}: the device waits for the host; {advice}")
     if doubtful := rows(lambda timing: timing.iqr > MAX_IQR):
         advice = "is the host or the device shared? bind to cores (CPU_AFFINITY_CONF), raise --iters"
         yield Entry(VARIES, "throughput.doubtful", f"{doubtful}: iqr over {MAX_IQR:.0%}; {advice}")
+    eager = {timing.name: timing for timing in timings if timing.total_ms}
     for group in by_mode(timings):
         saturated = next((a for a, b in zip(group, group[1:]) if b.saturates(a)), None)
         if saturated:
             text = f"{saturated.mode.name} at batch size {saturated.batch}: twice as much gains under {SATURATION_GAIN - 1:.0%}"
             yield Entry(VARIES, f"throughput.saturated.{saturated.mode.name}", text)
+        if plain := group[0].mode.compiled:
+            texts = [f"batch size {timing.batch} {timing.first_ms / 1000:.1f} s" for timing in group]
+            for i, timing in enumerate(group):
+                if before := eager.get(f"{plain}.{timing.batch}"):
+                    gain = 1000 / before.throughput - 1000 / timing.throughput  # milliseconds an image
+                    texts[i] += f" (paid for after {timing.first_ms / gain:.2g} images)" if gain > 0 else " (no faster)"
+            yield Entry(VARIES, f"throughput.compile.{group[0].mode.name}", f"with the first calls: {', '.join(texts)}")
     if unsteady := rows(lambda timing: not timing.steady):
         yield Entry(VARIES, "throughput.not_steady", f"{unsteady}: the latency was not stable to {STEADY:.0%}")
 
@@ -2644,6 +2726,11 @@ IMPORT_ERRORS = {
 PAIRS = {"8.5": ("2.9.0", "2.9.0"), "9.0": ("2.10.0", "2.10.0"), "9.1": ("2.12.0", "2.12.0")}
 CPU_BUILDS = "https://download.pytorch.org/whl/cpu"
 ASCEND = "/usr/local/Ascend"
+# The backends of torch.compile on an NPU, the preferred one first; those that capture graphs; and the folders of torch_npu
+# that they need, inductor by its TORCHINDUCTOR_NPU_BACKEND.
+NPU_COMPILERS, NPU_GRAPHS = ("npugraph_ex", "inductor", "npugraphs"), ("npugraph_ex", "npugraphs")
+COMPILER_FOLDERS = {"npugraph_ex": "dynamo/npugraph_ex", "npu": "dynamo/torchair", "mlir": "_inductor/ascend_npu_ir",
+                    "dvm": "_inductor/dvm", "ascendc": "_inductor/ascendc"}  # fmt: skip
 # Operators whose NPU kernels compute on the CPU inside, whatever TORCH_NPU_FALLBACK_CPU_DISABLE says (op-plugin).
 HOST_STAGED = {"_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa", "_upsample_nearest_exact1d",
                "_upsample_nearest_exact2d", "_upsample_nearest_exact3d", "logit", "sinc", "polar", "complex",
@@ -2846,6 +2933,34 @@ def internal_formats() -> bool | None:
     return None
 
 
+def find_compiler(device: torch.device, backend: str) -> tuple[str, str]:
+    """The backend of torch.compile, and what it lacks, "" if it can be tried. backend: "" for the first that can."""
+    names = [backend] if backend else NPU_COMPILERS if device.type == "npu" else ["inductor"]
+    lacks = {name: compiler_lack(device, name) for name in names}
+    found = next((name for name, lack in lacks.items() if not lack), "")
+    return found, "" if found else "; ".join(f"{name}: {lack}" for name, lack in lacks.items())
+
+
+def compiler_lack(device: torch.device, backend: str) -> str:
+    """What this backend of torch.compile lacks, and how to get it; "" if nothing is known to be missing."""
+    on_npu, inductor = device.type == "npu", backend == "inductor"
+    kind = os.environ.get("TORCHINDUCTOR_NPU_BACKEND", "default").replace("default", "triton") if inductor else backend
+    folder = on_npu and os.path.join(os.path.dirname(sys.modules["torch_npu"].__file__), COMPILER_FOLDERS.get(kind, ""))
+    lacks = {
+        f"torch_npu compiles for Atlas A2, A3 and 350, not for {chip_name(device)}":
+            on_npu and not chip_name(device).startswith(("Ascend910B", "Ascend910_93", "Ascend950")),
+        f"this torch_npu has no {kind}: {install_command()}": on_npu and not os.path.isdir(folder),
+        f"torch {torch.__version__} has no such backend; see torch.compiler.list_backends()":
+            backend not in torch.compiler.list_backends(None),
+        "it captures no graph with TASK_QUEUE_ENABLE=2: export TASK_QUEUE_ENABLE=1":
+            backend in NPU_GRAPHS and os.environ.get("TASK_QUEUE_ENABLE") == "2",
+        "no C++ compiler: apt install g++, or set CXX": inductor and not shutil.which(os.environ.get("CXX", "g++")),
+        "no triton for Ascend: pip install triton-ascend, after torch; or export TORCHINDUCTOR_NPU_BACKEND=dvm":
+            on_npu and kind == "triton" and not (find_spec("triton") and find_spec("triton.backends.ascend")),
+    }  # fmt: skip
+    return next((text for text, is_so in lacks.items() if is_so), "")
+
+
 @contextlib.contextmanager
 def without_internal_formats(device: torch.device) -> Iterator[None]:
     """Inside, internal formats are not allowed: no NPU graph can contain the conversions to them."""
@@ -2932,8 +3047,6 @@ def stderr_copied(device: torch.device) -> Iterator[list[str]]:
 
     tee, a separate process, passes it on, so that the last lines of a process that aborts are not lost.
     """
-    import tempfile
-
     printed: list[str] = []
     if device.type != "npu" or sys.stderr is None:
         yield printed
@@ -3131,14 +3244,15 @@ class Report:
         self.note, self.strict, self.output, self.timeout = "", False, "", 0.0  # known when the arguments are parsed
         self.device = None  # known when it was found
         self.lost = False  # the device no longer works
+        self.caches = contextlib.ExitStack()  # removes what compilers have written
         self.lock = threading.RLock()  # needed to add a line or to write the log
         self.stage, self.timer, self.started = "start", threading.Timer(0, print), time.perf_counter()
 
-    def restart_timeout(self, stage: str, seconds: float = 0.0) -> None:
-        """After --timeout and `seconds` more the device hangs: a thread ends the process, wherever it is."""
+    def restart_timeout(self, stage: str, seconds: float = 0.0, what: str = "") -> None:
+        """After --timeout and `seconds` more the device hangs, in `what`: a thread ends the process, wherever it is."""
         self.stage = stage
         self.timer.cancel()
-        message = f"error: stage {stage} takes longer than --timeout {self.timeout} s: the device may hang"
+        message = f"error: stage {stage}{what} takes longer than --timeout {self.timeout} s: the device may hang"
         if self.device and self.device.type == "npu":
             message += " (see npu-smi info); a 310P or 910A compiles kernels for minutes in its first run: raise --timeout"
         self.timer = threading.Timer(self.timeout + seconds, self.abort, (message, 2))
@@ -3149,6 +3263,7 @@ class Report:
         """From a thread: end the process at once, and print what failed so far. No partial log is written."""
         self.lock.acquire()  # not while the log is being written; from here on the main thread prints nothing
         self.failures(None)
+        self.caches.close()
         os._exit(self.not_run(message, status))
 
     def line(self, text: str = "") -> None:
@@ -3387,7 +3502,7 @@ def make_parser() -> argparse.ArgumentParser:
     size = checked_text(r"auto|0*[1-9]\d{0,8}", from_1, lambda text: text if text == "auto" else int(text))
     device = checked_text(r"[a-z]+(:[0-9]{1,4})?", "a device; examples: npu, npu:1, cpu, cuda:0")
     number = checked_text(r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", "a number from 0 on", float)
-    known = f"{', '.join(mode.name for mode in BASE_MODES)}, each also with +graph (an NPU or CUDA graph)"
+    known = f"{', '.join(mode.name for mode in BASE_MODES)}, each also with +graph (an NPU or CUDA graph) or +compile"
     mode = checked_text("|".join(map(re.escape, MODES)), f"a mode; modes are {known}")
     parser = argparse.ArgumentParser(
         description="Validate a timm model on a Huawei Ascend NPU, and write a log that proves the result.",
@@ -3406,6 +3521,7 @@ def make_parser() -> argparse.ArgumentParser:
     how("--batch-sizes", default=DEFAULT_BATCH_SIZES, type=size, nargs="+", metavar="N", help="batch sizes to time, or auto:"
         " doubled until throughput stops growing")  # fmt: skip
     how("--modes", default=[], type=mode, nargs="+", metavar="MODE", help=f"modes to validate and to time beside float32: {known}")
+    how("--compile-backend", default="", metavar="NAME", help="of torch.compile, for +compile ('': what is installed)")
     how("--warmup", default=10, type=natural, metavar="N", help="minimum number of warm-up batches (0: no warm-up)")
     how("--iters", default=100, type=positive, metavar="N", help="number of timed batches of each size")
     how("--duration", default=0, type=positive, metavar="SECONDS", help="afterwards run the fastest mode for this many seconds")
@@ -3448,8 +3564,6 @@ def command_line(options: argparse.Namespace) -> str:
 
 def check_paths(options: argparse.Namespace) -> None:
     """Find problems that would otherwise appear after minutes of work. Raises CannotRun."""
-    import tempfile
-
     target = os.path.realpath(options.output)
     if os.path.exists(target) and not os.path.isfile(target):
         raise CannotRun(f"the log cannot be written: {options.output} is not a regular file")
@@ -3499,6 +3613,8 @@ def main(argv: list[str] | None = None) -> int:
         if end.code:
             print_line("RESULT: NOT RUN  (exit status 2; an earlier log is unchanged)")
         raise
+    finally:
+        report.caches.close()
 
 
 if __name__ == "__main__":
