@@ -253,6 +253,8 @@ def make_context(options: argparse.Namespace, device: torch.device, ranks: Ranks
     if any(mode.compiled for mode in requested):
         folder = tempfile.TemporaryDirectory(prefix="validate_npu.", ignore_cleanup_errors=True)
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = report.caches.enter_context(folder)
+        with contextlib.suppress(AttributeError):  # they would stay in another folder
+            torch._inductor.config.cpp_cache_precompile_headers = False
         compiler, lacks = find_compiler(device, options.compile_backend)
     unsupported = {mode: reason for mode in requested if (reason := mode.unsupported_reason(device, lacks))}
     modes = tuple(mode for mode in requested if mode not in unsupported)
@@ -1858,8 +1860,8 @@ def compiled(context: Context, mode: Mode, model: torch.nn.Module, inputs: torch
     # npugraphs runs single operators, without an error, if one is on the CPU. A graph has one memory for its output.
     replayed = backend not in NPU_GRAPHS or output.data_ptr() == previous.data_ptr()
     if not replayed or not torch._dynamo.utils.counters["stats"]["unique_graphs"]:
-        cause = "TORCHDYNAMO_DISABLE is set" if replayed else "operators on the CPU"
-        raise CannotCapture(f"torch.compile with {backend} did not run a graph: {cause}?")
+        cause = "is TORCHDYNAMO_DISABLE set?" if replayed else "is an operator on the CPU?"
+        raise CannotCapture(f"torch.compile with {backend} ran no graph: {cause}")
     return program
 
 

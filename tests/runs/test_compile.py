@@ -63,11 +63,10 @@ def test_a_compiled_mode_is_validated_and_timed_and_leaves_no_file(run, tmp_path
     ("arguments", "env", "reason"),
     [
         (("--model", "test_vit_that_branches"), {}, "torch.compile with inductor failed: Unsupported: Data-dependent branching"),
-        ((), {"PATH": ""}, "inductor: no C++ compiler: apt install g++, or set CXX"),
+        ((), {"PATH": ""}, r"inductor: no C\+\+ compiler: apt install g\+\+, or set CXX"),
         (("--compile-backend", "nonesuch"), {}, "nonesuch: torch .* has no such backend"),
-        ((), {"CXX": "false"}, "torch.compile with inductor failed: "),
     ],
-    ids=["a graph break", "no compiler", "an unknown backend", "a compiler that fails"],
+    ids=["a graph break", "no compiler", "an unknown backend"],
 )
 def test_what_cannot_be_compiled_is_skipped_with_the_reason(run, arguments, env, reason):
     done = run(*REHEARSAL, *TINY, "--modes", "float32+compile", *arguments, env=env)
@@ -80,8 +79,8 @@ def test_what_cannot_be_compiled_is_skipped_with_the_reason(run, arguments, env,
     ("mode", "factor", "stage_4", "stage_5"),
     [
         ("float32+compile", 1, "PASS", "PASS"),
-        ("float32+compile", 1.01, "WARN", "FAIL"),  # against the CPU nothing below 1e-2 fails
-        ("float32+compile", 1.03, "FAIL", "FAIL"),
+        ("float32+compile", 1.009, "WARN", "FAIL"),  # against the CPU nothing below 1e-2 fails
+        ("float32+compile", 1.01, "FAIL", "FAIL"),
         ("bfloat16+compile", 1, "PASS", "PASS"),
         ("bfloat16+compile", 1.08, "FAIL", "FAIL"),
     ],
@@ -93,6 +92,18 @@ def test_outputs_of_the_compiled_graph_that_are_wrong_fail(small_run, monkeypatc
     found, _ = stages_4_and_5(context, loaded)
     assert (found[f"precision.logits.{mode}"], found[f"throughput.outputs.{mode}"]) == (stage_4, stage_5)
     assert found["precision.logits.float32"] == found["throughput.outputs.float32"] == "PASS"
+
+
+@pytest.mark.full
+def test_of_a_compiler_that_fails_the_last_line_is_the_reason(small_run, monkeypatch, tmp_path):
+    compiler = tmp_path / "g++"
+    compiler.write_text("#!/bin/sh\n[ $1 = --version ] || { echo in main.cpp:; echo main.cpp:3: no space left; exit 1; }\n")
+    compiler.chmod(0o755)
+    context, loaded = small_run("inductor", "float32+compile")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    with v.torch._inductor.config.patch({"cpp.cxx": (None, str(compiler)), "force_disable_caches": True}):
+        with pytest.raises(v.CannotCapture, match="^torch.compile with inductor failed: main.cpp:3: no space left$"):
+            v.compiled(context, COMPILED, loaded.device, loaded.inputs)
 
 
 @pytest.mark.full
@@ -132,10 +143,9 @@ def test_each_batch_size_is_one_graph_whatever_was_compiled_before(small_run):
             assert v.torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-def test_it_is_no_compiled_graph_if_torch_runs_the_model_itself(small_run, monkeypatch):
+def test_it_is_no_compiled_graph_if_torch_runs_the_model_itself(small_run):
     context, loaded = small_run("eager", "float32+compile")
-    monkeypatch.setattr(v.torch._dynamo.config, "disable", True)
-    with pytest.raises(v.CannotCapture, match="did not run a graph: TORCHDYNAMO_DISABLE is set?"):
+    with v.torch._dynamo.config.patch(disable=True), pytest.raises(v.CannotCapture, match="no compiled frames|no graph"):
         v.compiled(context, COMPILED, loaded.device, loaded.inputs)
 
 
@@ -203,10 +213,10 @@ print('none', v.find_compiler(device, ''))
     assert found["found"] == "('npugraph_ex', '')" and found["next"] == "('npugraphs', '')", shown
     assert "pip install triton-ascend, after torch" in found["inductor"]
     assert found["dvm"] == "('inductor', '')" and "no C++ compiler: apt install g++" in found["path"]
-    assert "no npugraph_ex: pip install torch==2." in found["folder"] or "no npugraph_ex: " in found["folder"]
+    assert "this torch_npu has no npugraph_ex: " in found["folder"] and "pip install" in found["folder"]
     assert "has no such backend" in found["name"]
     assert "export TASK_QUEUE_ENABLE=1" in found["queue"]
-    assert [part in found["none"] for part in ("npugraph_ex: this", "; inductor: no triton", "; npugraphs: it")] == [True] * 3
+    assert re.search("npugraph_ex: this .*; inductor: no C.. compiler.*; npugraphs: it captures", found["none"]), shown
 
 
 def test_chips_that_nothing_compiles_for_are_named(tmp_path):
@@ -226,13 +236,15 @@ def test_npugraphs_that_runs_single_operators_is_skipped(run):
     model = "--model", "test_vit_with_a_table_on_the_cpu"
     done = run(*QUICK, *model, "--batch-sizes", "1", "--modes", "float32+compile", "--compile-backend", "npugraphs")
     assert done.status == 0 and done.mark("precision.float32+compile") == "SKIP", done.stdout
-    assert "torch.compile with npugraphs did not run a graph: operators on the CPU?" in done.text.replace("\n          ", " ")
+    assert "torch.compile with npugraphs ran no graph: is an operator on the CPU?" in done.text.replace("\n          ", " ")
 
 
 def test_npugraph_ex_which_the_emulator_lacks_a_function_for_is_skipped_and_its_signal_handlers_are_gone(tmp_path):
     lines = """
 options = v.parse_arguments('--modes float32+compile'.split())
-context = v.make_context(options, device, v.Ranks(), v.Report(quiet=True))
+report = v.Report(quiet=True)
+report.timeout = 600
+context = v.make_context(options, device, v.Ranks(), report)
 model = v.timm.create_model('test_tiny_vit').eval().to(device)
 try:
     v.compiled(context, v.MODES['float32+compile'], model, v.torch.zeros(1, 3, 32, 32, device=device))
