@@ -1824,8 +1824,8 @@ def forward_pass(context: Context, mode: Mode, model: torch.nn.Module, inputs: t
             stack.enter_context(constant_rope(model))
             stack.enter_context(without_internal_formats(context.device))
         if mode.compiled:
+            stack.callback(torch.compiler.reset)  # frees memory, and else each call checks the guards of all shapes
             program = compiled(context, mode, model, inputs)
-            stack.callback(torch.compiler.reset)  # frees the memory of its graphs
         yield captured(forward, inputs, context.device) if mode.graph else forward
 
 
@@ -1838,7 +1838,6 @@ def compiled(context: Context, mode: Mode, model: torch.nn.Module, inputs: torch
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     kind = "reduce-overhead" if (context.device.type, backend) == ("cuda", "inductor") else None
     context.report_progress(0.0, f" (compiling {mode.name})")
-    torch.compiler.reset()  # else each call checks the guards of all shapes
     torch._dynamo.utils.counters.clear()
     try:
         with mode.active(context.device):
@@ -2728,8 +2727,7 @@ IMPORT_ERRORS = {
 PAIRS = {"8.5": ("2.9.0", "2.9.0"), "9.0": ("2.10.0", "2.10.0"), "9.1": ("2.12.0", "2.12.0")}
 CPU_BUILDS = "https://download.pytorch.org/whl/cpu"
 ASCEND = "/usr/local/Ascend"
-# The backends of torch.compile on an NPU, the preferred one first; those that capture graphs; and the folders of torch_npu
-# that they need, inductor by its TORCHINDUCTOR_NPU_BACKEND.
+# Backends of torch.compile, the preferred first; those that capture graphs; the folders of torch_npu that they need.
 NPU_COMPILERS, NPU_GRAPHS = ("npugraph_ex", "inductor", "npugraphs"), ("npugraph_ex", "npugraphs")
 COMPILER_FOLDERS = {"npugraph_ex": "dynamo/npugraph_ex", "npu": "dynamo/torchair", "mlir": "_inductor/ascend_npu_ir",
                     "dvm": "_inductor/dvm", "ascendc": "_inductor/ascendc"}  # fmt: skip
@@ -2952,8 +2950,6 @@ def compiler_lack(device: torch.device, backend: str) -> str:
         f"torch_npu compiles for Atlas A2, A3 and 350, not for {chip_name(device)}":
             on_npu and not chip_name(device).startswith(("Ascend910B", "Ascend910_93", "Ascend950")),
         f"this torch_npu has no {kind}: {install_command()}": on_npu and not os.path.isdir(folder),
-        f"torch {torch.__version__} has no such backend; see torch.compiler.list_backends()":
-            backend not in torch.compiler.list_backends(None),
         "it captures no graph with TASK_QUEUE_ENABLE=2: export TASK_QUEUE_ENABLE=1":
             backend in NPU_GRAPHS and os.environ.get("TASK_QUEUE_ENABLE") == "2",
         "no C++ compiler: apt install g++, or set CXX": inductor and not shutil.which(os.environ.get("CXX", "g++")),
