@@ -253,6 +253,7 @@ def make_context(options: argparse.Namespace, device: torch.device, ranks: Ranks
     if any(mode.compiled for mode in requested):
         folder = tempfile.TemporaryDirectory(prefix="validate_npu.", ignore_cleanup_errors=True)
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = report.caches.enter_context(folder)
+        report.caches.callback(os.environ.pop, "TORCHINDUCTOR_CACHE_DIR", "")  # else handlers at exit make it again
         with contextlib.suppress(AttributeError):  # they would stay in another folder
             torch._inductor.config.cpp_cache_precompile_headers = False
         compiler, lacks = find_compiler(device, options.compile_backend)
