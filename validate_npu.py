@@ -66,18 +66,22 @@ import pickle
 import platform
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
-from typing import NamedTuple
+from importlib.util import find_spec
+from typing import NamedTuple, TypeVar
 
 VERSION = "3.0"  # of the log: logs of different versions are not comparable
 DEFAULT_MODEL = "vit_small_patch16_dinov3.lvd1689m"
+T = TypeVar("T")
 Stage = Generator  # Stage[T] yields entries, and returns T
 STAGES = ("device", "model", "outputs", "precision", "throughput")
 PASS, SKIP, WARN, FAIL = OUTCOMES = "PASS", "SKIP", "WARN", "FAIL"  # from the best to the worst
@@ -161,6 +165,7 @@ class Mode:
     hf32: bool = False  # HF32 (TF32 on CUDA) in matrix products, too
     strict: bool = False  # no reduced-precision float32
     graph: bool = False  # captured as an NPU or CUDA graph, and replayed
+    compiled: str = ""  # the mode that torch.compile compiles, to other operators: it has outputs of its own
 
     @property
     def in_half(self) -> bool:
@@ -179,21 +184,22 @@ class Mode:
         with set_reduced_fp32(device, switches), autocast:
             yield
 
-    def unsupported_reason(self, device: torch.device) -> str:
-        """Why the device cannot run in this mode, "" if it can."""
+    def unsupported_reason(self, device: torch.device, lacks: str) -> str:
+        """Why the device cannot run in this mode, "" if it can. lacks: of its compiler."""
         if not supports_dtype(device, self.amp or self.half):
             return f"{device} does not support {self.amp or self.half}"
         if self.hf32 and not (reduced_fp32_switches(device) and supports_dtype(device, "bfloat16")):
             return f"{device} has no reduced-precision float32"
-        return "a CPU has no graphs to capture" if self.graph and device.type == "cpu" else ""
+        return lacks if self.compiled else "a CPU has no graphs to capture" if self.graph and device.type == "cpu" else ""
 
 
 FLOAT32, STRICT = Mode("float32", "float32"), Mode("strict", "strict", strict=True)
 BASE_MODES = [FLOAT32, Mode("hf32", "hf32", hf32=True)]
 BASE_MODES += [Mode(f"amp-{dtype}", f"amp-{dtype}", amp=dtype) for dtype in ("float16", "bfloat16")]
 BASE_MODES += [Mode(dtype, dtype, half=dtype) for dtype in ("float16", "bfloat16")]
-MODES = {mode.name: mode for base in BASE_MODES for mode in
-         (base, dataclasses.replace(base, name=f"{base.name}+graph", graph=True))}  # fmt: skip
+MODES = {mode.name: mode for base in BASE_MODES for name in (base.name,) for mode in
+         (base, dataclasses.replace(base, name=f"{name}+graph", graph=True),
+          dataclasses.replace(base, name=f"{name}+compile", base=f"{name}+compile", compiled=name))}  # fmt: skip
 
 # Operands of the products of stage 1, large enough for the kernels that models get. A convolution has padding 1.
 PROBES = {"matmul": ((1024, 1024), (1024, 1024)), "convolution": ((4, 64, 56, 56), (64, 64, 3, 3))}
@@ -236,8 +242,9 @@ class Context:
     modes: tuple[Mode, ...]  # to validate and to time
     unsupported: dict[Mode, str]  # requested modes that the device cannot run, with the reason
     meta_model: torch.nn.Module | None  # the model on the meta device, without memory; None if timm cannot build it
+    compiler: str  # the backend of torch.compile, "" if it is not needed, or if none can be used
 
-    report_progress: Callable  # restarts the timeout, extended by the seconds that it gets
+    report_progress: Callable  # restarts the timeout, extended by the seconds that it gets; and what is done meanwhile
 
     @property
     def batch_sizes(self) -> list[int]:
@@ -246,13 +253,21 @@ class Context:
 
 def make_context(options: argparse.Namespace, device: torch.device, ranks: Ranks, report: Report) -> Context:
     requested = dict.fromkeys([FLOAT32, *(MODES[name] for name in options.modes)])
-    unsupported = {mode: reason for mode in requested if (reason := mode.unsupported_reason(device))}
+    compiler, lacks = "", ""
+    if any(mode.compiled for mode in requested):
+        folder = tempfile.TemporaryDirectory(prefix="validate_npu.", ignore_cleanup_errors=True)
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = report.caches.enter_context(folder)
+        report.caches.callback(os.environ.pop, "TORCHINDUCTOR_CACHE_DIR", "")  # else handlers at exit make it again
+        with contextlib.suppress(AttributeError):  # they would stay in another folder
+            torch._inductor.config.cpp_cache_precompile_headers = False
+        compiler, lacks = find_compiler(device, options.compile_backend)
+    unsupported = {mode: reason for mode in requested if (reason := mode.unsupported_reason(device, lacks))}
     modes = tuple(mode for mode in requested if mode not in unsupported)
     meta_model = None
     with contextlib.suppress(Exception), torch.device("meta"):
         meta_model = create_model(options).eval()
-    progress = lambda seconds=0.0: report.restart_timeout(report.stage, seconds)  # noqa: E731
-    return Context(options, device, ranks, fp32_precision(device), modes, unsupported, meta_model, progress)
+    progress = lambda seconds=0.0, what="": report.restart_timeout(report.stage, seconds, what)  # noqa: E731
+    return Context(options, device, ranks, fp32_precision(device), modes, unsupported, meta_model, compiler, progress)
 
 
 def validate(context: Context, report: Report, baseline: Log | None) -> int:
@@ -305,6 +320,7 @@ def device_stage(context: Context) -> Stage[Probe]:
         "host": host_name(),
         "settings": ", ".join(settings(device)),
         "environment": " ".join(environment),
+        "compiler": context.compiler and f"torch.compile with {context.compiler}",
         "fp32": str(probe),
     }.items():
         if text:
@@ -341,7 +357,8 @@ def judge_probe(probe: Probe, context: Context) -> Iterator[Entry]:
         # Compared with the identified precision; if none was identified, with float64.
         advice = f"a plain {kind} is incorrect: check the device with the vendor's tools"
         tolerance = Tolerance(warn * unit[kind], fail * unit[kind])
-        yield comparison(f"device.{kind}", found, tolerance, advice, PRODUCTS, after=[precision.name if precision else "-"])
+        row = PRODUCTS, (), [precision.name if precision else "-"]
+        yield comparison(f"device.{kind}", found, tolerance, advice, row=row)
     yield PRODUCTS.legend("a large product against the CPU in the precision that was identified, else in float64")
     fewer = [kind for kind, (precision, _) in probe.products.items()
              if precision and precision.bits < BITS[context.documented[kind]]]  # fmt: skip
@@ -985,6 +1002,11 @@ class References(NamedTuple):
         """The name of the output of model(x)."""
         return main_output(self.exact)
 
+    @property
+    def gelu_cost(self) -> float:
+        """The error of model(x) that the device's form of GELU causes, worst row."""
+        return compare(self.expected[self.main], self.exact[self.main]).max_row
+
     def tolerance(self, name: str = "", cost: float | None = None) -> Tolerance:
         """For the difference of two outputs in float32. name: of the output, default model(x). cost: C, if another."""
         name = name or self.main
@@ -1212,28 +1234,14 @@ def precision_stage(context: Context, loaded: Loaded) -> Stage[Precision]:
         for mode, outputs in results.items():
             if mode == STRICT and strict.reason:
                 continue
-            if isinstance(outputs, str):  # one mode that fails does not end the others
-                yield PRECISION.note(FAIL, f"precision.{mode.name}", outputs, advice=device_log(context.device))
-                continue
-            try:
-                units = mode_units(context, loaded, mode)
-            except RuntimeError as error:  # such as a LSTM in float16
-                if not mode.in_half:
-                    raise
-                yield PRECISION.note(SKIP, f"precision.{mode.name}", f"no reference, the CPU fails: {first_line(error)}")
-                continue
-            entries = [judge_output(references, least_fail, name, mode.name, outputs[name], units[name]) for name in outputs]
-            yield from entries
-            if not any(entry.mark == FAIL for entry in entries):
-                errors[mode.name] = compare(outputs[main][0], references.exact[main]).max_row
-            # Timed outputs are compared with those of stage 3 in float32, which may cost C as well.
-            tolerances[mode.name] = Tolerance(*map(max, units[main].tolerance, references.tolerance()))
+            error, tolerance = yield from judge_mode(context, loaded, mode, outputs, least_fail)
+            errors |= {} if error is None else {mode.name: error}
+            tolerances |= {} if tolerance is None else {mode.name: tolerance}
         if strict.reason:
             yield PRECISION.note(SKIP, "precision.strict", strict.reason)
         images = f" and {len(loaded.images)} images" if loaded.images is not None else ""
         yield PRECISION.legend(f"one input of {PRECISION_SEEDS} seeds{images}. {LIMITS_TEXT}")
-        gelu = compare(references.expected[main], references.exact[main]).max_row
-        costs = {"GELU": gelu, reduced_names(context.documented): references.costs[main]}
+        costs = {"GELU": references.gelu_cost, reduced_names(context.documented): references.costs[main]}
         costs = {name: cost for name, cost in costs.items() if cost}
         yield from explain_precision(context, loaded, results, costs)
         if loaded.image_count:
@@ -1253,18 +1261,26 @@ def precision_stage(context: Context, loaded: Loaded) -> Stage[Precision]:
     return Precision(main, errors, tolerances, costs, list(bad.values()))
 
 
-def run_modes(context: Context, loaded: Loaded) -> dict[Mode, dict[str, tuple[np.ndarray, ...]] | str]:
+def run_modes(context: Context, loaded: Loaded) -> dict[Mode, dict[str, tuple[np.ndarray, ...]] | str | CannotCapture]:
     """The outputs of the device in each base mode, by name; if a mode raised an error, its description.
 
+    A compiled mode has only that of model(x), which stage 5 times; CannotCapture if it cannot be compiled.
     In float32 also those of the first forward pass, at batch size 1: no batch of stage 3 is a reference for them.
     """
     device, inputs, results = context.device, loaded.references.inputs, {}
     modes = dict.fromkeys(MODES[mode.base] for mode in context.modes)
     for mode in [STRICT, *modes] if reduced_names(context.documented) not in ("", "float16") else modes:
         try:
+            batch = inputs.to(device, mode.dtype)
             with in_mode(loaded, mode) as model, mode.active(device):
-                outputs = forward_outputs(model, inputs.to(device, mode.dtype), loaded.maps)
+                if mode.compiled:
+                    with forward_pass(context, mode, model, batch) as forward:
+                        outputs = {loaded.references.main: to_host(forward(batch))}
+                else:
+                    outputs = forward_outputs(model, batch, loaded.maps)
             results[mode] = {name: (output,) for name, output in outputs.items()}
+        except CannotCapture as problem:
+            results[mode] = problem
         except RuntimeError as error:
             if mode == FLOAT32 or not still_works(device):
                 raise
@@ -1292,6 +1308,37 @@ def judge_strictness(context: Context, loaded: Loaded, results: dict) -> Strict:
         if within and any(error > references.tolerance(name, 0.0).warn for name, error in errors.items()):
             return Strict(f"the settings change nothing: float32 is computed in {reduced} with each of them")
     return Strict(again={"float32": {kind: getattr(*switch) for kind, switch in switches.items()}} | again)
+
+
+def judge_mode(
+    context: Context, loaded: Loaded, mode: Mode, outputs: dict | str | CannotCapture, least_fail: float
+) -> Stage[tuple[float | None, Tolerance | None]]:
+    """The rows of one mode. One that fails does not end the others.
+
+    Returns the error of model(x), None if a row failed, and the tolerance for timed outputs, None without a reference.
+    """
+    references, main = loaded.references, loaded.references.main
+    if not isinstance(outputs, dict):
+        mark, advice = SKIP if isinstance(outputs, CannotCapture) else FAIL, device_log(context.device)
+        yield PRECISION.note(mark, f"precision.{mode.name}", str(outputs), advice=advice)
+        return None, None
+    try:
+        units = mode_units(context, loaded, mode)
+    except RuntimeError as error:  # such as a LSTM in float16
+        if not mode.in_half:
+            raise
+        yield PRECISION.note(SKIP, f"precision.{mode.name}", f"no reference, the CPU fails: {first_line(error)}")
+        return None, None
+    # A compiler may expand GELU in the form that the model requests, although its operator computes another.
+    near = [compare(outputs[main][0], form[main]).max_row for form in (references.expected, references.exact)]
+    expanded = mode.compiled and near[1] < near[0]
+    used = references._replace(expected=references.exact) if expanded else references
+    entries = [judge_output(used, least_fail, name, mode.name, outputs[name], units[name]) for name in outputs]
+    yield from entries
+    error = None if any(entry.mark == FAIL for entry in entries) else compare(outputs[main][0], references.exact[main]).max_row
+    # Timed outputs are compared with those of stage 3 in float32, which may cost C as well.
+    timed = references.tolerance(cost=references.costs[main] + (references.gelu_cost if expanded else 0.0))
+    return error, Tolerance(*map(max, units[main].tolerance, timed))
 
 
 def mode_units(context: Context, loaded: Loaded, mode: Mode) -> dict[str, Unit]:
@@ -1322,7 +1369,8 @@ def judge_output(
     error, exact = references.errors[name], references.exact[name][: len(worst)]
     tolerance = unit.tolerance._replace(fail=max(unit.tolerance.fail, least_fail))
     before = compare(worst, exact).max_row, unit.cost, unit.cpu_error
-    entry = comparison(f"precision.{name}.{mode}", found, tolerance, "", PRECISION, before, what=f"batch size {len(worst)}")
+    what, row = f"batch size {len(worst)}", (PRECISION, before, ())
+    entry = comparison(f"precision.{name}.{mode}", found, tolerance, what=what, row=row)
     if not math.isfinite(tolerance.fail):
         problem, advice = f"it overflows in {unit.half or 'float16'} on the CPU as well", "use bfloat16"
     elif not math.isfinite(found.error) or error <= MAX_CPU_ERROR and unit.cost <= MAX_EXPECTED_COST:
@@ -1549,8 +1597,8 @@ def judge_modules(modules: list[Module]) -> Iterator[Entry]:
         for id, part in parts.items():
             if part:
                 worst = max(part, key=lambda module: module.found.error)
-                cells = [len(part)], [worst.name]
-                yield comparison(id, worst.found, worst.tolerance, "", MODULES, *cells, what=worst.name)
+                row = MODULES, [len(part)], [worst.name]
+                yield comparison(id, worst.found, worst.tolerance, what=worst.name, row=row)
     yield MODULES.legend(f"each by itself on the inputs of the CPU. FAIL above {TOLERANCES['module'].fail:.1e}")
 
 
@@ -1916,29 +1964,75 @@ def time_size(
     inputs = outputs.loaded.inputs[rows].to(device, mode.dtype)
     reference = outputs.eager[rows] if eager is None else eager
 
-    def forward(inputs):  # the context is entered for each call, as a program does
-        with mode.active(device):
-            return model(inputs)
-
     if device.type != "cpu":  # the memory functions of torch.accelerator need torch_npu 2.13
         module = torch.get_device_module(device.type)
         with contextlib.suppress(RuntimeError):  # torch_npu 2.9.0 refuses after a capture that failed
             module.empty_cache()
         module.reset_peak_memory_stats(device)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.inference_mode())
-        started = time.perf_counter()
-        if mode.graph:
-            stack.enter_context(constant_rope(model))
-            stack.enter_context(without_internal_formats(device))
-            forward = captured(forward, inputs, device)
+    started = time.perf_counter()
+    with forward_pass(context, mode, model, inputs) as forward:
         capture_ms = 1000 * (time.perf_counter() - started)
         timing = time_batches(context, mode, forward, inputs, reference, seconds)
     return dataclasses.replace(timing, first_ms=timing.first_ms + capture_ms)
 
 
 class CannotCapture(Exception):
-    """The forward pass cannot be captured as a graph. The message has the reason."""
+    """The forward pass cannot be captured as a graph, or compiled. The message has the reason."""
+
+
+@contextlib.contextmanager
+def forward_pass(context: Context, mode: Mode, model: torch.nn.Module, inputs: torch.Tensor) -> Iterator[Callable]:
+    """Inside, a function runs the model, which is in this mode, on inputs of this shape. Raises CannotCapture."""
+    program = model
+
+    def forward(inputs):  # the context is entered for each call, as a program does
+        with mode.active(context.device):
+            return program(inputs)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad() if mode.compiled else torch.inference_mode())  # torchair needs no_grad
+        if mode.graph or mode.compiled:
+            stack.enter_context(constant_rope(model))
+            stack.enter_context(without_internal_formats(context.device))
+        if mode.compiled:
+            stack.callback(torch.compiler.reset)  # frees memory, and else each call checks the guards of all shapes
+            program = compiled(context, mode, model, inputs)
+        yield captured(forward, inputs, context.device) if mode.graph else forward
+
+
+def compiled(context: Context, mode: Mode, model: torch.nn.Module, inputs: torch.Tensor) -> Callable:
+    """The model, compiled as one graph for inputs of this shape. Raises CannotCapture if that fails or other code ran.
+
+    It is compiled with zeros as input, so a correct output proves that the graph reads its inputs.
+    """
+    backend, zeros, output = context.compiler, torch.zeros_like(inputs), None
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    kind = "reduce-overhead" if (context.device.type, backend) == ("cuda", "inductor") else None
+    context.report_progress(0.0, f" (compiling {mode.name})")
+    torch._dynamo.utils.counters.clear()
+    try:
+        with mode.active(context.device):
+            model(zeros)  # fills the tables of constant_rope()
+            program = torch.compile(model, fullgraph=True, dynamic=False, backend=backend, mode=kind)
+            for _ in range(4):  # the second call captures graphs
+                previous, output = output, program(zeros)
+        synchronize(context.device)
+    except Exception as error:  # compilers fail in many ways
+        cause = getattr(error, "inner_exception", error)
+        if isinstance(cause, RuntimeError) and is_out_of_memory(cause):
+            raise cause
+        reason = str(cause).rstrip().split("\n")[-1] if "C++ compile error" in str(cause) else explain(cause)
+        raise CannotCapture(f"torch.compile with {backend} failed: {reason}") from error
+    finally:
+        for number, handler in handlers.items():  # npugraph_ex and torchair replace them
+            signal.signal(number, handler)
+        context.report_progress()
+    # npugraphs runs single operators, without an error, if one is on the CPU. A graph has one memory for its output.
+    replayed = backend not in NPU_GRAPHS or output.data_ptr() == previous.data_ptr()
+    if not replayed or not torch._dynamo.utils.counters["stats"]["unique_graphs"]:
+        cause = "is TORCHDYNAMO_DISABLE set?" if replayed else "is an operator on the CPU?"
+        raise CannotCapture(f"torch.compile with {backend} ran no graph: {cause}")
+    return program
 
 
 def captured(forward: Callable, inputs: torch.Tensor, device: torch.device) -> Callable:
@@ -1981,7 +2075,8 @@ def constant_rope(model: torch.nn.Module) -> Iterator[None]:
     """
     ropes = [module for module in model.modules() if hasattr(module, "get_embed")]
     for rope in ropes:
-        rope.get_embed = functools.cache(rope.get_embed)
+        table = functools.cache(rope.get_embed)
+        rope.get_embed = torch.compiler.assume_constant_result(lambda *shape, of=table, **named: of(*shape, **named))
     try:
         yield
     finally:
@@ -2027,16 +2122,24 @@ def explain_throughput(timings: list[Timing], device: torch.device) -> Iterator[
         return ", ".join(f"{group[0].mode.name} {' '.join(str(t.batch) for t in group)}" for group in groups)
 
     if device.type != "cpu" and (bound := rows(lambda timing: timing.host_bound)):
-        advice = "larger batches are nearly free; +graph or a faster CPU helps, half precision does not"
+        advice = "larger batches are nearly free; +graph, +compile or a faster CPU helps, half precision does not"
         yield Entry(VARIES, "throughput.host_bound", f"{bound}: the device waits for the host; {advice}")
     if doubtful := rows(lambda timing: timing.iqr > MAX_IQR):
         advice = "is the host or the device shared? bind to cores (CPU_AFFINITY_CONF), raise --iters"
         yield Entry(VARIES, "throughput.doubtful", f"{doubtful}: iqr over {MAX_IQR:.0%}; {advice}")
+    eager = {timing.name: timing for timing in timings if timing.total_ms}
     for group in by_mode(timings):
         saturated = next((a for a, b in zip(group, group[1:]) if b.saturates(a)), None)
         if saturated:
             text = f"{saturated.mode.name} at batch size {saturated.batch}: twice as much gains under {SATURATION_GAIN - 1:.0%}"
             yield Entry(VARIES, f"throughput.saturated.{saturated.mode.name}", text)
+        if plain := group[0].mode.compiled:
+            texts = [f"batch size {timing.batch} {timing.first_ms / 1000:.1f} s" for timing in group]
+            for i, timing in enumerate(group):
+                if before := eager.get(f"{plain}.{timing.batch}"):
+                    gain = 1000 / before.throughput - 1000 / timing.throughput  # milliseconds an image
+                    texts[i] += f" (paid for after {timing.first_ms / gain:.2g} images)" if gain > 0 else " (no faster)"
+            yield Entry(VARIES, f"throughput.compile.{group[0].mode.name}", f"with the first calls: {', '.join(texts)}")
     if unsteady := rows(lambda timing: not timing.steady):
         yield Entry(VARIES, "throughput.not_steady", f"{unsteady}: the latency was not stable to {STEADY:.0%}")
 
@@ -2174,12 +2277,11 @@ def compare(actual: np.ndarray, reference: np.ndarray) -> Difference:
 
 
 def comparison(
-    id: str, found: Difference, tolerance: Tolerance, advice: str = "", table: Table | None = None,
-    before: Iterable = (), after: Iterable = (), what: str = "",
-) -> Entry:  # fmt: skip
-    """A check that two arrays are equal: a row of the table, with cells before and after, or a sentence.
+    id: str, found: Difference, tolerance: Tolerance, advice: str = "", what: str = "", row: tuple = ()
+) -> Entry:
+    """A check that two arrays are equal: a sentence, or with `row` a row of a table. The details are for a bug report.
 
-    what: which arrays were compared. The details are those of a bug report.
+    what: which arrays were compared. row: the table, its cells before those of the difference, and its cells after them.
     """
     mark = tolerance.mark(found.error)
     limit = tolerance.limit(mark)
@@ -2195,7 +2297,8 @@ def comparison(
         f" reference {found.values[1]:.6g}",
     )
     more = {"problem": problem, "details": details, "advice": advice, "numeric": True}
-    if table:
+    if row:
+        table, before, after = row
         return table.entry(mark, id, *before, *figures, *after, **more)
     return Entry(mark, id, f"{sentence}, used {figures[3]}", **more)
 
@@ -2793,6 +2896,10 @@ IMPORT_ERRORS = {
 PAIRS = {"8.5": ("2.9.0", "2.9.0"), "9.0": ("2.10.0", "2.10.0"), "9.1": ("2.12.0", "2.12.0")}
 CPU_BUILDS = "https://download.pytorch.org/whl/cpu"
 ASCEND = "/usr/local/Ascend"
+# Backends of torch.compile, the preferred first; those that capture graphs; the folders of torch_npu that they need.
+NPU_COMPILERS, NPU_GRAPHS = ("npugraph_ex", "inductor", "npugraphs"), ("npugraph_ex", "npugraphs")
+COMPILER_FOLDERS = {"npugraph_ex": "dynamo/npugraph_ex", "npu": "dynamo/torchair", "mlir": "_inductor/ascend_npu_ir",
+                    "dvm": "_inductor/dvm", "ascendc": "_inductor/ascendc"}  # fmt: skip
 # Operators whose NPU kernels compute on the CPU inside, whatever TORCH_NPU_FALLBACK_CPU_DISABLE says (op-plugin).
 HOST_STAGED = {"_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa", "_upsample_nearest_exact1d",
                "_upsample_nearest_exact2d", "_upsample_nearest_exact3d", "logit", "sinc", "polar", "complex",
@@ -3027,6 +3134,32 @@ def internal_formats() -> bool | None:
     return None
 
 
+def find_compiler(device: torch.device, backend: str) -> tuple[str, str]:
+    """The backend of torch.compile, and what it lacks, "" if it can be tried. backend: "" for the first that can."""
+    names = [backend] if backend else NPU_COMPILERS if device.type == "npu" else ["inductor"]
+    lacks = {name: compiler_lack(device, name) for name in names}
+    found = next((name for name, lack in lacks.items() if not lack), "")
+    return found, "" if found else "; ".join(f"{name}: {lack}" for name, lack in lacks.items())
+
+
+def compiler_lack(device: torch.device, backend: str) -> str:
+    """What this backend of torch.compile lacks, and how to get it; "" if nothing is known to be missing."""
+    on_npu, inductor = device.type == "npu", backend == "inductor"
+    kind = os.environ.get("TORCHINDUCTOR_NPU_BACKEND", "default").replace("default", "triton") if inductor else backend
+    folder = on_npu and os.path.join(os.path.dirname(sys.modules["torch_npu"].__file__), COMPILER_FOLDERS.get(kind, ""))
+    lacks = {
+        f"torch_npu compiles for Atlas A2, A3 and 350, not for {chip_name(device)}":
+            on_npu and not chip_name(device).startswith(("Ascend910B", "Ascend910_93", "Ascend950")),
+        f"this torch_npu has no {kind}: {install_command()}": on_npu and not os.path.isdir(folder),
+        "it captures no graph with TASK_QUEUE_ENABLE=2: export TASK_QUEUE_ENABLE=1":
+            backend in NPU_GRAPHS and os.environ.get("TASK_QUEUE_ENABLE") == "2",
+        "no C++ compiler: apt install g++, or set CXX": inductor and not shutil.which(os.environ.get("CXX", "g++")),
+        "no triton for Ascend: pip install triton-ascend, after torch; or export TORCHINDUCTOR_NPU_BACKEND=dvm":
+            on_npu and kind == "triton" and not (find_spec("triton") and find_spec("triton.backends.ascend")),
+    }  # fmt: skip
+    return next((text for text, is_so in lacks.items() if is_so), "")
+
+
 @contextlib.contextmanager
 def without_internal_formats(device: torch.device) -> Iterator[None]:
     """Inside, internal formats are not allowed: no NPU graph can contain the conversions to them."""
@@ -3113,8 +3246,6 @@ def stderr_copied(device: torch.device) -> Iterator[list[str]]:
 
     tee, a separate process, passes it on, so that the last lines of a process that aborts are not lost.
     """
-    import tempfile
-
     printed: list[str] = []
     if device.type != "npu":
         yield printed
@@ -3312,14 +3443,15 @@ class Report:
         self.note, self.strict, self.output, self.timeout = "", False, "", 0.0  # known when the arguments are parsed
         self.device = None  # known when it was found
         self.lost = False  # the device no longer works
+        self.caches = contextlib.ExitStack()  # removes what compilers have written
         self.lock = threading.RLock()  # needed to add a line or to write the log
         self.stage, self.timer, self.started = "start", threading.Timer(0, print), time.perf_counter()
 
-    def restart_timeout(self, stage: str, seconds: float = 0.0) -> None:
-        """After --timeout and `seconds` more the device hangs: a thread ends the process, wherever it is."""
+    def restart_timeout(self, stage: str, seconds: float = 0.0, what: str = "") -> None:
+        """After --timeout and `seconds` more the device hangs, in `what`: a thread ends the process, wherever it is."""
         self.stage = stage
         self.timer.cancel()
-        message = f"error: stage {stage} takes longer than --timeout {self.timeout} s: the device may hang"
+        message = f"error: stage {stage}{what} takes longer than --timeout {self.timeout} s: the device may hang"
         if self.device and self.device.type == "npu":
             message += " (see npu-smi info); a 310P or 910A compiles kernels for minutes in its first run: raise --timeout"
         self.timer = threading.Timer(self.timeout + seconds, self.abort, (message, 2))
@@ -3330,6 +3462,7 @@ class Report:
         """From a thread: end the process at once, and print what failed so far. No partial log is written."""
         self.lock.acquire()  # not while the log is being written; from here on the main thread prints nothing
         self.failures(None)
+        self.caches.close()
         os._exit(self.not_run(message, status))
 
     def line(self, text: str = "") -> None:
@@ -3568,7 +3701,7 @@ def make_parser() -> argparse.ArgumentParser:
     size = checked_text(r"auto|0*[1-9]\d{0,8}", from_1, lambda text: text if text == "auto" else int(text))
     device = checked_text(r"[a-z]+(:[0-9]{1,4})?", "a device; examples: npu, npu:1, cpu, cuda:0")
     number = checked_text(r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", "a number from 0 on", float)
-    known = f"{', '.join(mode.name for mode in BASE_MODES)}, each also with +graph (an NPU or CUDA graph)"
+    known = f"{', '.join(mode.name for mode in BASE_MODES)}, each also with +graph (an NPU or CUDA graph) or +compile"
     mode = checked_text("|".join(map(re.escape, MODES)), f"a mode; modes are {known}")
     parser = argparse.ArgumentParser(
         description="Validate a timm model on a Huawei Ascend NPU, and write a log that proves the result.",
@@ -3587,6 +3720,7 @@ def make_parser() -> argparse.ArgumentParser:
     how("--batch-sizes", default=DEFAULT_BATCH_SIZES, type=size, nargs="+", metavar="N", help="batch sizes to time, or auto:"
         " doubled until throughput stops growing")  # fmt: skip
     how("--modes", default=[], type=mode, nargs="+", metavar="MODE", help=f"modes to validate and to time beside float32: {known}")
+    how("--compile-backend", default="", metavar="NAME", help="of torch.compile, for +compile ('': what is installed)")
     how("--warmup", default=10, type=natural, metavar="N", help="minimum number of warm-up batches (0: no warm-up)")
     how("--iters", default=100, type=positive, metavar="N", help="number of timed batches of each size")
     how("--duration", default=0, type=positive, metavar="SECONDS", help="afterwards run the fastest mode for this many seconds")
@@ -3629,8 +3763,6 @@ def command_line(options: argparse.Namespace) -> str:
 
 def check_paths(options: argparse.Namespace) -> None:
     """Find problems that would otherwise appear after minutes of work. Raises CannotRun."""
-    import tempfile
-
     try:
         os.getcwd()
     except OSError as error:
@@ -3690,6 +3822,8 @@ def main(argv: list[str] | None = None) -> int:
         if end.code:
             print_line("RESULT: NOT RUN  (exit status 2; an earlier log is unchanged)")
         raise
+    finally:
+        report.caches.close()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ test_vit_with_a_slow_host      the same, and its Python takes 100 ms
 test_vit_that_waits    reads a value on the host in its forward pass, so that no graph can be captured
 test_trained_vit       vit_small_patch14_dinov2 at 98 x 98, where trained weights take seconds; timm resamples the positions
 test_deep_vit          24 blocks of width 64 at 64 x 64
+test_vit_that_branches         takes a branch that depends on a value, so that it is not one graph for torch.compile
+test_vit_with_a_table_on_the_cpu   makes a tensor on the CPU in each forward pass, as timm's DINOv3 does
 test_vit_with_antialias        resamples its input with a kernel that computes on the CPU inside torch_npu
 test_vit_that_gets_slower      waits 2 ms more after each 10 forward passes
 test_vit_wrong_in_half         is 1 % off on an NPU, where its inputs are in half precision
@@ -15,10 +17,12 @@ test_swin              small, with windows of 4 x 4 tokens
 test_encoder           has no head: forward_head says so, as that of qwen3_vit_88m_enc does
 test_vit_with_bessel   uses an operator that torch_npu has no kernel for, so that torch_npu would compute it on the CPU
 
+TEST_BACKENDS=1 registers two backends of torch.compile: "scaled" computes outputs 1 % too large, "sleeping" never ends.
 TEST_ALLOW_HF32="conv matmul" sets torch_npu's HF32 switches to that, as a user's program could. And
 TEST_INTERNAL_FORMAT=no forbids internal formats, whose convolutions the emulated Ascend lacks: torch_npu 2.9.0 allows them.
 """
 
+import functools
 import os
 import runpy
 import sys
@@ -99,6 +103,26 @@ class VisionTransformerThatWaits(VisionTransformer):
 @register_model
 def test_vit_that_waits(pretrained=False, **kwargs):
     return tiny(VisionTransformerThatWaits)
+
+
+class VisionTransformerThatBranches(VisionTransformer):
+    def forward_features(self, x, **kwargs):
+        return super().forward_features(x if x.isfinite().all() else x * 0, **kwargs)
+
+
+@register_model
+def test_vit_that_branches(pretrained=False, **kwargs):
+    return tiny(VisionTransformerThatBranches)
+
+
+class VisionTransformerWithATableOnTheCpu(VisionTransformer):
+    def forward_features(self, x, **kwargs):
+        return super().forward_features(x + torch.linspace(-1, 1, x.shape[-1]).to(x), **kwargs)
+
+
+@register_model
+def test_vit_with_a_table_on_the_cpu(pretrained=False, **kwargs):
+    return tiny(VisionTransformerWithATableOnTheCpu)
 
 
 class VisionTransformerWithBessel(VisionTransformer):
@@ -190,7 +214,22 @@ def test_encoder(pretrained=False, **kwargs):
     return model
 
 
+def scaled(factor):
+    """A backend of torch.compile that runs the graph, and multiplies its outputs."""
+    return lambda graph, inputs: lambda *args: [factor * output for output in graph(*args)]
+
+
+@functools.cache
+def register_backends():
+    from torch._dynamo import register_backend
+
+    register_backend(scaled(1.01), name="scaled")
+    register_backend(lambda graph, inputs: time.sleep(600), name="sleeping")
+
+
 def set_switches():
+    if "TEST_BACKENDS" in os.environ:
+        register_backends()
     if os.environ.keys() & {"TEST_ALLOW_HF32", "TEST_INTERNAL_FORMAT"}:
         import torch_npu  # noqa: F401
     if "TEST_INTERNAL_FORMAT" in os.environ:

@@ -24,7 +24,7 @@ def new_context(*arguments, **changes):
     options, ranks, report = v.parse_arguments([*REHEARSAL, *map(str, arguments)]), v.Ranks(), v.Report(quiet=True)
     ranks.connect(report, 60)
     context = v.make_context(options, CPU, ranks, report)
-    return dataclasses.replace(context, report_progress=lambda seconds=0.0: None, **changes)
+    return dataclasses.replace(context, report_progress=lambda *_: None, **changes)
 
 
 def drain(stage):

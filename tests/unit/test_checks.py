@@ -671,15 +671,15 @@ def test_a_mode_is_the_precision_of_the_forward_pass(mode):
     assert linear(inputs).dtype == mode.dtype
 
 
-def test_modes_that_differ_have_names_that_differ_and_a_graph_has_the_outputs_of_its_base():
-    assert len(v.MODES) == len(set(v.MODES.values())) == 2 * len(v.BASE_MODES)
+def test_modes_that_differ_have_names_that_differ_and_only_a_compiled_mode_has_outputs_of_its_own():
+    assert len(v.MODES) == len(set(v.MODES.values())) == 3 * len(v.BASE_MODES)
     assert [mode.name for mode in v.BASE_MODES] == [
         "float32", "hf32", "amp-float16", "amp-bfloat16", "float16", "bfloat16"
     ]  # fmt: skip
     for name, mode in v.MODES.items():
-        base = v.MODES[mode.base]
-        assert mode.name == name and not base.graph and base in v.BASE_MODES
-        assert dataclasses.replace(mode, name=base.name, graph=False) == base
+        plain = v.MODES[mode.compiled or mode.base]
+        assert mode.name == name and plain in v.BASE_MODES and mode.base == (name if mode.compiled else plain.name)
+        assert dataclasses.replace(mode, name=plain.name, base=plain.name, graph=False, compiled="") == plain
 
 
 def test_float32_is_always_validated_and_each_mode_once():

@@ -185,9 +185,8 @@ def test_what_must_be_bit_identical_passes_only_then():
 
 def test_a_check_has_the_figures_of_its_row_and_the_details_of_a_bug_report():
     found = changed(scale_a_token)
-    entry = v.comparison(
-        "precision.tokens.float32", found, LIMITS, "look", v.PRECISION, (1e-3, 2e-4, 3e-6), what="batch size 4"
-    )
+    row = v.PRECISION, (1e-3, 2e-4, 3e-6), ()
+    entry = v.comparison("precision.tokens.float32", found, LIMITS, "look", "batch size 4", row)
     assert (entry.mark, entry.id, entry.advice, entry.numeric) == (FAIL, "precision.tokens.float32", "look", True)
     shown = cells(v.PRECISION, entry)
     assert [shown[name] for name in ("err_fp64", "expected", "cpu_err", "max_row", "limit")] == [

@@ -168,10 +168,9 @@ def whole_log(report, path):
 
     def precision():
         yield from v.PRECISION.header()
-        yield v.comparison("precision.tokens.float32", differs_by(1e-5), LIMITS, "", v.PRECISION, (1e-5, 0.0, 1e-6))
-        yield v.comparison(
-            "precision.logits.float32", differs_by(math.nan), LIMITS, "", v.PRECISION, (1e-5, None, 1e-6)
-        )
+        rows = [(v.PRECISION, (1e-5, expected, 1e-6), ()) for expected in (0.0, None)]
+        yield v.comparison("precision.tokens.float32", differs_by(1e-5), LIMITS, row=rows[0])
+        yield v.comparison("precision.logits.float32", differs_by(math.nan), LIMITS, row=rows[1])
         yield v.PRECISION.note(SKIP, "precision.strict", "the device does not support it " * 9)
         yield v.PRECISION.legend("two words " * 30)
         yield Entry(SKIP, "precision.control", "there is none")
