@@ -207,6 +207,7 @@ STEADY, STEADY_BATCHES = 0.02, 10  # steady: the median of 10 batches is within 
 SUSTAINED_SLOWDOWN = 0.05  # how much throughput may fall under sustained load, beside the spreads
 HOST_BOUND = 0.8  # a row is host-bound if launching takes this share of its time (as in trtexec)
 MAX_IQR = 0.1  # interquartile range over median, as in torch.utils.benchmark
+FEWEST_BATCHES = 5  # a row with fewer timed batches has no percentiles, and is not judged
 HUB_SECONDS = 10  # until the hub must have answered
 ROLL_CALL_SECONDS = 5  # until each rank must have answered when torchrun ends a run
 MIB, GIB = 2**20, 2**30
@@ -298,6 +299,7 @@ def device_stage(context: Context) -> Stage[Probe]:
     environment = [f"{name}={os.environ[name]}" for name in ENVIRONMENT if name in os.environ]
     for name, text in {
         "name": name,
+        "uuid": device_uuid(device),
         "software": ", ".join(f"{name} {version}" for name, version in software.items()),
         "host": host_name(),
         "settings": ", ".join(settings(device)),
@@ -1635,6 +1637,13 @@ class Timing:
         low, middle, high = np.percentile(self.total_ms, (25, 50, 75))
         return float((high - low) / middle)
 
+    @property
+    def figures(self) -> dict[str, float]:
+        """Images per second; percentiles in ms and the iqr, which are NaN with fewer than FEWEST_BATCHES batches."""
+        percentiles = dict(zip(("p50", "p90", "p95", "p99"), map(float, np.percentile(self.total_ms, (50, 90, 95, 99)))))
+        rest = {**percentiles, "iqr": self.iqr}
+        return {"images/s": self.throughput, **(rest if len(self.total_ms) >= FEWEST_BATCHES else dict.fromkeys(rest, math.nan))}
+
 
 def throughput_stage(context: Context, outputs: Outputs, checked: Precision | None) -> Stage[list[Timing]]:
     """The latency of a batch for each mode and batch size, and that the timed outputs are correct."""
@@ -1852,8 +1861,11 @@ def timing_entry(timing: Timing, context: Context) -> Entry:
         return THROUGHPUT.note(mark, id, OUT_OF_MEMORY, advice=free_memory(context.device))
     if timing.problem:
         return THROUGHPUT.note(timing.mark, id, timing.problem, advice=device_log(context.device))
-    latencies = np.percentile(timing.total_ms, (50, 90, 95, 99))
-    return THROUGHPUT.entry(VARIES, id, timing.throughput, *latencies, timing.iqr)
+    return timing_row(id, timing)
+
+
+def timing_row(id: str, timing: Timing) -> Entry:
+    return THROUGHPUT.entry(VARIES, id, *(None if math.isnan(figure) else figure for figure in timing.figures.values()))
 
 
 def copy_entry(inputs: torch.Tensor, output: np.ndarray, device: torch.device) -> Entry:
@@ -1878,9 +1890,9 @@ def explain_throughput(timings: list[Timing], device: torch.device) -> Iterator[
     if device.type != "cpu" and (bound := rows(lambda timing: timing.host_bound)):
         advice = "larger batches are nearly free; +graph or a faster CPU helps, half precision does not"
         yield Entry(VARIES, "throughput.host_bound", f"{bound}: the device waits for the host; {advice}")
-    if doubtful := rows(lambda timing: timing.iqr > MAX_IQR):
+    if doubtful := rows(lambda timing: not timing.figures["iqr"] <= MAX_IQR):
         advice = "is the host or the device shared? bind to cores (CPU_AFFINITY_CONF), raise --iters"
-        yield Entry(VARIES, "throughput.doubtful", f"{doubtful}: iqr over {MAX_IQR:.0%}; {advice}")
+        yield Entry(VARIES, "throughput.doubtful", f"{doubtful}: iqr over {MAX_IQR:.0%}, or under {FEWEST_BATCHES} batches; {advice}")
     for group in by_mode(timings):
         saturated = next((a for a, b in zip(group, group[1:]) if b.saturates(a)), None)
         if saturated:
@@ -2079,6 +2091,11 @@ SPEED_COLUMNS = ("images/s", "p50", "p90", "iqr")
 EXPERIMENT = ("run.command", "device.name", "model.weights_sha256", "model.inputs_sha256")  # facts that identify it
 
 
+def number(cell: str) -> float:
+    """The number in a cell of a table; NaN for "-"."""
+    return math.nan if cell == "-" else float(cell.rstrip("%")) / (100 if cell.endswith("%") else 1)
+
+
 class Log:
     """A log by its lines: everything before the first [failures], [comparison] or [summary]."""
 
@@ -2126,9 +2143,9 @@ class Log:
 
     @property
     def speeds(self) -> dict[str, dict[str, float]]:
-        """The rows of the table of throughput: figures by column."""
+        """The rows of the tables of throughput, of all devices: figures by column."""
         rows = {id: cells for id, cells in self.rows.items() if set(SPEED_COLUMNS) <= cells.keys()}
-        return {id: {name: float(cells[name].rstrip("%")) for name in SPEED_COLUMNS} for id, cells in rows.items()}
+        return {id: {name: number(cells[name]) for name in SPEED_COLUMNS} for id, cells in rows.items()}
 
 
 def compare_logs(old: Log, new: Log, options: argparse.Namespace) -> Stage[None]:
@@ -2144,7 +2161,7 @@ def compare_logs(old: Log, new: Log, options: argparse.Namespace) -> Stage[None]
     for id in speeds:
         cells, mark = compare_speed(old.speeds[id], new.speeds[id], options.max_slowdown)
         yield SPEED.entry(VARIES, f"comparison.{id}", *cells)
-        doubt = ", the spreads are too large to judge" if mark == WARN else ""
+        doubt = ", not judged: large spreads or few batches" if mark == WARN else ""
         slower[mark].append(f"{id}: {cells[0]:.2f} -> {cells[1]:.2f} images/s{doubt}")
     if speeds:
         yield SPEED.legend("allowed: --max-slowdown + half the sum of both iqr")
@@ -2167,28 +2184,28 @@ def grown_errors(old: Log, new: Log) -> Iterator[str]:
     """The rows in which an error is worse."""
     for id in (id for id in old.rows if id in new.rows):
         for column in ERROR_COLUMNS:
-            before, after = (log.rows[id].get(column, "-") for log in (old, new))
-            before, after = (math.nan if cell == "-" else float(cell) for cell in (before, after))
+            before, after = (number(log.rows[id].get(column, "-")) for log in (old, new))
             if after > max(ROUNDING, (1 + ERROR_GROWTH) * before):
                 yield f"{id}: {column} {before:.1e} -> {after:.1e}"
                 break
 
 
 def compare_speed(old: dict[str, float], new: dict[str, float], max_slowdown: float) -> tuple[tuple, str]:
-    """Cells of the table SPEED, and FAIL if the new run is slower, WARN if the spreads are too large to judge.
+    """Cells of the table SPEED, and FAIL if the new run is slower, WARN if it seems slower and cannot be judged.
 
     max_slowdown: percent that throughput may fall, beyond half the sum of the two spreads. One batch in a hundred may
     take thirty times as long: only if p50 and p90 show the slowdown as well is the device slower. A median that rose by
-    more than both spreads is slower, however large they are.
+    more than both spreads is slower, however large they are. Rows of few batches have no p50, p90 and iqr: NaN.
     """
-    allowed = max_slowdown + (old["iqr"] + new["iqr"]) / 2
+    allowed = max_slowdown / 100 + (old["iqr"] + new["iqr"]) / 2
     ratio, p50 = new["images/s"] / old["images/s"], new["p50"] / old["p50"]
     best = max(ratio, 1 / p50, old["p90"] / new["p90"])
-    cells = old["images/s"], new["images/s"], ratio, old["p50"], new["p50"], allowed / 100
-    explained = math.prod(1 + percent / 100 for percent in (max_slowdown, old["iqr"], new["iqr"]))
-    if 100 * (1 - best) > allowed or p50 > explained:
+    cells = old["images/s"], new["images/s"], ratio, old["p50"], new["p50"], allowed
+    cells = tuple(None if math.isnan(cell) else cell for cell in cells)
+    if 1 - best > allowed or p50 > (1 + max_slowdown / 100) * (1 + old["iqr"]) * (1 + new["iqr"]):
         return cells, FAIL
-    return cells, WARN if allowed > MAX_TOLERATED_SLOWDOWN else PASS
+    judged = 100 * allowed <= MAX_TOLERATED_SLOWDOWN
+    return cells, PASS if judged or ratio >= 1 - max_slowdown / 100 else WARN
 
 
 # --- The report for publication ---------------------------------------------------------------------------------------
@@ -2273,7 +2290,7 @@ def report_rows(log: Log) -> dict[str, dict[str, dict[str, str]]]:
         found = {"mode": mode, "batch": batch, "mean_ms": cells.get("mean")}
         rate, mean = float(cells["images/s"]), float(cells.get("mean", 0))  # the rate has two decimals
         found["ms_per_image"] = f"{mean / int(batch) or 1000 / rate:.4g}" if mean or rate else ""
-        if batch == cpu.get("batch") and log.texts["device.name"] != "cpu":
+        if batch == cpu.get("batch") and log.texts["device.name"] != "cpu" and cells["p50"] != "-":
             found["speedup"] = f"{float(cpu['p50_ms']) / float(cells['p50']):.2f}"
         rows["performance"][name] = cells | found
     for section, columns in COLUMNS.items():
@@ -2493,10 +2510,11 @@ class RankResult(NamedTuple):
     rank: int
     place: tuple[int, str, str]  # host, device, chip: (0, "npu:1", "Ascend910B4")
     eager: np.ndarray  # model(x) of the seeded inputs in float32
+    uuid: str  # of the device
     error: float | None  # of model(x) in float32 against float64
     checks: list[tuple[str, str]]  # mark and id
-    alone: dict[str, float]  # row -> images/s while the other devices were idle
-    together: dict[str, float]  # row -> images/s while all devices were busy
+    alone: list[Timing]  # while the other devices were idle
+    together: list[Timing]  # while all devices were busy
 
 
 def devices_stage(
@@ -2512,17 +2530,20 @@ def devices_stage(
         yield Entry(FAIL, "devices.together", explain(error), advice=device_log(context.device))
     yield from (timing_entry(timing, context) for timing in busy if timing.problem == OUT_OF_MEMORY)
     yield from judge_timed_outputs(busy, checked, "together.")
-    alone, together = ({t.name: t.throughput for t in rows if t.total_ms} for rows in (timings, busy))
+    alone, together = ([dataclasses.replace(timing, output=None, found=None) for timing in rows if timing.total_ms]
+                       for rows in (timings, busy))  # fmt: skip
     place = ranks.host, str(context.device), chip_name(context.device)
     checks = [(entry.mark, entry.id) for entry in report.checks]
     error = checked and checked.errors.get(FLOAT32.name)
-    result = RankResult(ranks.rank, place, outputs and outputs.eager, error, checks, alone, together)
+    eager, uuid = outputs and outputs.eager, device_uuid(context.device)
+    result = RankResult(ranks.rank, place, eager, uuid, error, checks, alone, together)
     results = ranks.gather("results", result)
     yield from judge_ranks(results, outputs.loaded.references.tolerance() if outputs else None)
+    yield from judge_speeds(results, context.options.max_slowdown)
 
 
 def judge_ranks(results: list[RankResult], tolerance: Tolerance | None) -> Iterator[Entry]:
-    """A row for each device, whether their outputs agree, and what they cost each other in throughput."""
+    """A row for each device, and whether their outputs agree."""
     yield from DEVICES.header()
     for result in results:
         failed, warned = ([id for mark, id in result.checks if mark == wanted] for wanted in (FAIL, WARN))
@@ -2533,10 +2554,36 @@ def judge_ranks(results: list[RankResult], tolerance: Tolerance | None) -> Itera
         cells = node, device, len(result.checks), len(failed), len(warned), result.error, chip
         yield DEVICES.entry(mark, f"devices.{result.rank}", *cells, problem=problem, advice=advice)
     yield DEVICES.legend("err_fp64: of model(x) in float32")
+    if uuids := [f"rank {result.rank} {result.uuid}" for result in results if result.uuid]:
+        yield Entry(FACT, "devices.uuids", ", ".join(uuids))
     if tolerance and all(result.eager is not None for result in results):
         yield judge_agreement(results, tolerance)
-    for row in results[0].together:
-        rates = {r.rank: (r.alone[row], r.together[row]) for r in results if row in r.alone and row in r.together}
+
+
+def judge_speeds(results: list[RankResult], max_slowdown: float) -> Iterator[Entry]:
+    """The rows of each device, which are slower than the median of all, and what they cost each other in throughput."""
+    figures, slow, judged = {}, [], False  # figures: row -> rank -> figures by column
+    yield from THROUGHPUT.header()
+    for result in results:
+        for timing in result.alone:
+            figures.setdefault(timing.name, {})[result.rank] = timing.figures
+            if result.rank:
+                yield timing_row(f"devices.{result.rank}.{timing.name}", timing)
+    yield THROUGHPUT.legend("each device while the others were idle. rank 0: the rows of stage 5")
+    for row, ranks in figures.items():
+        median = sorted(ranks.values(), key=lambda found: found["images/s"])[len(ranks) // 2]
+        for rank, found in ranks.items():
+            judged |= not math.isnan(found["iqr"] + median["iqr"])
+            if compare_speed(median, found, max_slowdown)[1] == FAIL:
+                rates = (f"{each['images/s']:.2f} images/s (p50 {each['p50']:.4g} ms)" for each in (found, median))
+                slow.append(f"rank {rank} {row}: {', the median device '.join(rates)}")
+    text = f"no device is below the median by more than {max_slowdown:g}% and half the spreads"
+    advice = "run the slow device by itself: check its temperature, power, clock and PCIe link, and its host's load"
+    problem = "; ".join(slow) or "" if judged else f"not judged: under {FEWEST_BATCHES} timed batches"
+    yield Entry(WARN if slow else PASS if judged else SKIP, "devices.speed", problem or text, advice=advice)
+    for row in (timing.name for timing in results[0].together):
+        rates = {result.rank: (alone.throughput, together.throughput) for result in results for alone in result.alone
+                 for together in result.together if alone.name == together.name == row}  # fmt: skip
         if rates:
             alone, together = map(sum, zip(*rates.values()))
             slowest = min(rates, key=lambda rank: rates[rank][1] / rates[rank][0])
@@ -2802,6 +2849,13 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 def chip_name(device: torch.device) -> str:
     """The name of the device, "Ascend910B4"; "cpu" for a CPU."""
     return torch.get_device_module(device.type).get_device_name(device) if device.type != "cpu" else "cpu"
+
+
+def device_uuid(device: torch.device) -> str:
+    """What identifies the device whatever its index is; "" if torch or the driver does not have it."""
+    properties = torch.get_device_module(device.type).get_device_properties(device) if device.type != "cpu" else None
+    uuid = str(getattr(properties, "uuid", ""))
+    return uuid if uuid.strip("0-") else ""
 
 
 def accelerator_versions(device: torch.device) -> dict[str, str]:
@@ -3479,17 +3533,18 @@ def main(argv: list[str] | None = None) -> int:
             return report.result()
         end_on_signals(report, ranks)
         report.restart_timeout("start")
-        if ranks.rank == 0:  # the only rank that writes
+        baseline = None
+        if ranks.rank == 0:  # the only rank that reads and writes logs
             check_paths(options)
-        baseline = Log.read(options.baseline) if options.baseline else None  # before it may be replaced
+            baseline = Log.read(options.baseline) if options.baseline else None  # before it may be replaced
         import_packages()
         # A rank may have to wait until each rank before it has timed each row.
         ranks.connect(report, (options.timeout + options.duration) * (1 + ranks.size))
         ranks.all_or_none("name", lambda: check_name(options.model))
         device = ranks.all_or_none("device", lambda: find_device(ranks.device_name(options.device)))
         status = validate(make_context(options, device, ranks, report), report, baseline)
-        ranks.gather("end")  # if one process ends with an error, torchrun ends rank 0, which writes the log
-        return status
+        # If one process ends with an error, torchrun ends rank 0, which writes the log. Its result is that of all.
+        return ranks.gather("end", status)[0]
     except CannotRun as problem:
         report.lock.acquire()  # this is the last message: torchrun ends rank 0 as soon as another rank has ended
         return report.not_run(f"error: {problem}", 2)
