@@ -3,7 +3,10 @@
 
     python validate_npu.py                                   # npu:0, pretrained weights
     python validate_npu.py --device cpu --weights random     # CPU dry run, without an NPU
+    python validate_npu.py --weights my.pth --image photos/  # a checkpoint of your own, with your images
+    python validate_npu.py --modes float16 float32+graph     # faster modes
     torchrun --nproc-per-node 8 validate_npu.py              # all devices of a host
+    python validate_npu.py --compare old.txt new.txt         # what became worse
     python validate_npu.py --report validation_output.txt    # a section for a model card, from a log
 
 Method. The reference is the same model with the same weights and inputs on the CPU in float64, with the form of GELU
@@ -43,7 +46,7 @@ compared between logs by its id:
     found = compare(actual, reference)                       # two arrays of shape (B, ...)
     yield comparison("outputs.flipped", found, Tolerance(warn=1e-5, fail=1e-3))
 
-Exit status: 0 no check failed, 1 a check failed, 2 the run could not be done, 130 or 143 ended by a signal.
+Exit status: 0 no check failed, 1 a check failed (--strict: or warned), 2 the run could not be done, 130, 143 a signal.
 """
 
 from __future__ import annotations
@@ -63,6 +66,7 @@ import pickle
 import platform
 import re
 import resource
+import select
 import shlex
 import signal
 import subprocess
@@ -190,6 +194,7 @@ FLOAT32, STRICT = Mode("float32", "float32"), Mode("strict", "strict", strict=Tr
 BASE_MODES = [FLOAT32, Mode("hf32", "hf32", hf32=True)]
 BASE_MODES += [Mode(f"amp-{dtype}", f"amp-{dtype}", amp=dtype) for dtype in ("float16", "bfloat16")]
 BASE_MODES += [Mode(dtype, dtype, half=dtype) for dtype in ("float16", "bfloat16")]
+BASE_NAMES = ", ".join(mode.name for mode in BASE_MODES)
 MODES = {mode.name: mode for base in BASE_MODES for mode in
          (base, dataclasses.replace(base, name=f"{base.name}+graph", graph=True))}  # fmt: skip
 
@@ -208,6 +213,7 @@ SUSTAINED_SLOWDOWN = 0.05  # how much throughput may fall under sustained load, 
 HOST_BOUND = 0.8  # a row is host-bound if launching takes this share of its time (as in trtexec)
 MAX_IQR = 0.1  # interquartile range over median, as in torch.utils.benchmark
 FEWEST_BATCHES = 5  # a row with fewer timed batches has no percentiles, and is not judged
+HEARTBEAT_SECONDS = 30  # without a terminal, until the next line that names the stage
 HUB_SECONDS = 10  # until the hub must have answered
 ROLL_CALL_SECONDS = 5  # until each rank must have answered when torchrun ends a run
 MIB, GIB = 2**20, 2**30
@@ -232,7 +238,6 @@ class Context:
     ranks: Ranks
     documented: dict[str, str]  # precision of float32 products by kind, "convolution" and "matmul": a key of UNIT
     modes: tuple[Mode, ...]  # to validate and to time
-    unsupported: dict[Mode, str]  # requested modes that the device cannot run, with the reason
     meta_model: torch.nn.Module | None  # the model on the meta device, without memory; None if timm cannot build it
 
     report_progress: Callable  # restarts the timeout, extended by the seconds that it gets
@@ -243,14 +248,15 @@ class Context:
 
 
 def make_context(options: argparse.Namespace, device: torch.device, ranks: Ranks, report: Report) -> Context:
-    requested = dict.fromkeys([FLOAT32, *(MODES[name] for name in options.modes)])
-    unsupported = {mode: reason for mode in requested if (reason := mode.unsupported_reason(device))}
-    modes = tuple(mode for mode in requested if mode not in unsupported)
+    """Raises CannotRun if the device cannot run in a mode of --modes."""
+    modes = tuple(dict.fromkeys([FLOAT32, *(MODES[name] for name in options.modes)]))
+    if reasons := [f"{mode.name}: {reason}" for mode in modes if (reason := mode.unsupported_reason(device))]:
+        raise CannotRun(f"--modes {'; '.join(reasons)}")
     meta_model = None
     with contextlib.suppress(Exception), torch.device("meta"):
         meta_model = create_model(options).eval()
     progress = lambda seconds=0.0: report.restart_timeout(report.stage, seconds)  # noqa: E731
-    return Context(options, device, ranks, fp32_precision(device), modes, unsupported, meta_model, progress)
+    return Context(options, device, ranks, fp32_precision(device), modes, meta_model, progress)
 
 
 def validate(context: Context, report: Report, baseline: Log | None) -> int:
@@ -459,7 +465,8 @@ def load_model(options: argparse.Namespace) -> tuple[torch.nn.Module, str]:
         raise CannotRun(hub_failure(name, error)) from error
     source = f"random, seed {options.seed}"
     if pretrained:
-        origin = getattr(model, "pretrained_cfg", {})
+        # The config.json of a local folder may name a hub.
+        origin = {} if name.startswith("local-dir:") else getattr(model, "pretrained_cfg", {})
         source = f"pretrained, {origin.get('hf_hub_id') or origin.get('url') or name}"
     elif options.weights != "random":
         source = load_weights_file(model, options.weights)
@@ -1063,8 +1070,6 @@ class Strict(NamedTuple):
 def precision_stage(context: Context, loaded: Loaded) -> Stage[Precision]:
     """The same weights and inputs on the device and on the CPU: each output in each mode, then each module."""
     started, references, main = time.perf_counter(), loaded.references, loaded.references.main
-    for mode, reason in context.unsupported.items():
-        yield Entry(SKIP, f"precision.{mode.name}", reason)
     with deterministic_algorithms():
         results = run_modes(context, loaded)
         strict = judge_strictness(context, loaded, results)
@@ -1639,10 +1644,10 @@ class Timing:
 
     @property
     def figures(self) -> dict[str, float]:
-        """Images per second; percentiles in ms and the iqr, which are NaN with fewer than FEWEST_BATCHES batches."""
-        percentiles = dict(zip(("p50", "p90", "p95", "p99"), map(float, np.percentile(self.total_ms, (50, 90, 95, 99)))))
-        rest = {**percentiles, "iqr": self.iqr}
-        return {"images/s": self.throughput, **(rest if len(self.total_ms) >= FEWEST_BATCHES else dict.fromkeys(rest, math.nan))}
+        """The row of the table. Percentiles and the iqr of fewer than FEWEST_BATCHES batches are NaN."""
+        figures = [*np.percentile(self.total_ms, (50, 90, 95, 99)), self.iqr]
+        figures = figures if len(self.total_ms) >= FEWEST_BATCHES else [math.nan] * len(figures)
+        return dict(zip(("images/s", "p50", "p90", "p95", "p99", "iqr"), [self.throughput, *figures]))
 
 
 def throughput_stage(context: Context, outputs: Outputs, checked: Precision | None) -> Stage[list[Timing]]:
@@ -1698,23 +1703,28 @@ def time_batches(
 
     device, options = context.device, context.options
     kind = "cpu" if device.type == "cpu" else "accelerator"
+    bar = tqdm(total=options.warmup + options.iters, desc=f"{mode.name}, {len(inputs)}", leave=False, disable=None)
+
+    def run_batch() -> tuple[float, float, torch.Tensor]:
+        bar.update()
+        return time_batch(forward, inputs, device)
+
     first_ms = time_batch(forward, inputs, device)[1]
     steady, (least, most) = True, WARMUP_SECONDS[kind]
     if options.warmup and not seconds:
         most -= first_ms / 1000 if kind == "cpu" else 0  # nothing is compiled in the first call
-        steady = warm_up(lambda: time_batch(forward, inputs, device)[1], options.warmup, least, most)
+        steady = warm_up(lambda: run_batch()[1], options.warmup, least, most)
     launch_ms, total_ms, worst = [], [], compare(reference, reference)
+    bar.total = bar.n + (round(1000 * seconds / first_ms) if seconds else options.iters)
     end = time.perf_counter() + (seconds or TIMED_SECONDS[kind])
-    batches = itertools.count() if seconds else range(options.iters)
-    for _ in tqdm(batches, desc=f"{mode.name}, batch {len(inputs)}", leave=False, disable=None):
-        launch, total, output = time_batch(forward, inputs, device)
+    while time.perf_counter() <= end and (seconds or len(total_ms) < options.iters) or not total_ms:
+        launch, total, output = run_batch()
         launch_ms.append(launch)
         total_ms.append(total)
         output = to_host(output)
         if not np.array_equal(output, reference):
             worst = max(worst, compare(output, reference), key=lambda found: found.error)
-        if time.perf_counter() > end:
-            break
+    bar.close()
     peak = torch.get_device_module(device.type).max_memory_allocated(device) if kind != "cpu" else None
     return Timing(mode, len(inputs), first_ms, steady, tuple(launch_ms), tuple(total_ms), peak, output, worst)
 
@@ -1853,18 +1863,14 @@ def by_mode(timings: list[Timing]) -> list[list[Timing]]:
     return [[t for t in timings if t.mode == mode] for mode in dict.fromkeys(t.mode for t in timings)]
 
 
-def timing_entry(timing: Timing, context: Context) -> Entry:
+def timing_entry(timing: Timing, context: Context, table: str = "throughput") -> Entry:
     """A row of the table of throughput."""
-    id = f"throughput.{timing.name}"
+    id = f"{table}.{timing.name}"
     if timing.problem == OUT_OF_MEMORY:  # with --batch-sizes auto the search ends like this
         mark = WARN if context.options.batch_sizes else VARIES
         return THROUGHPUT.note(mark, id, OUT_OF_MEMORY, advice=free_memory(context.device))
     if timing.problem:
         return THROUGHPUT.note(timing.mark, id, timing.problem, advice=device_log(context.device))
-    return timing_row(id, timing)
-
-
-def timing_row(id: str, timing: Timing) -> Entry:
     return THROUGHPUT.entry(VARIES, id, *(None if math.isnan(figure) else figure for figure in timing.figures.values()))
 
 
@@ -1892,7 +1898,8 @@ def explain_throughput(timings: list[Timing], device: torch.device) -> Iterator[
         yield Entry(VARIES, "throughput.host_bound", f"{bound}: the device waits for the host; {advice}")
     if doubtful := rows(lambda timing: not timing.figures["iqr"] <= MAX_IQR):
         advice = "is the host or the device shared? bind to cores (CPU_AFFINITY_CONF), raise --iters"
-        yield Entry(VARIES, "throughput.doubtful", f"{doubtful}: iqr over {MAX_IQR:.0%}, or under {FEWEST_BATCHES} batches; {advice}")
+        reason = f"iqr over {MAX_IQR:.0%} or under {FEWEST_BATCHES} batches"
+        yield Entry(VARIES, "throughput.doubtful", f"{doubtful}: {reason}; {advice}")
     for group in by_mode(timings):
         saturated = next((a for a, b in zip(group, group[1:]) if b.saturates(a)), None)
         if saturated:
@@ -2088,6 +2095,7 @@ def shape_text(shape: tuple) -> str:
 LINE = re.compile(r"(PASS|SKIP|WARN|FAIL|~   |#   |    ) ([a-z]+\.\S+|id)(?: +(.*))?")
 ERROR_COLUMNS = ("err_fp64", "max_row", "max_elem", "batch_err")  # that may not grow
 SPEED_COLUMNS = ("images/s", "p50", "p90", "iqr")
+TOGETHER = "devices.together."  # rows that are not compared: how far the devices overlap in time varies
 EXPERIMENT = ("run.command", "device.name", "model.weights_sha256", "model.inputs_sha256")  # facts that identify it
 
 
@@ -2144,7 +2152,8 @@ class Log:
     @property
     def speeds(self) -> dict[str, dict[str, float]]:
         """The rows of the tables of throughput, of all devices: figures by column."""
-        rows = {id: cells for id, cells in self.rows.items() if set(SPEED_COLUMNS) <= cells.keys()}
+        rows = {id: cells for id, cells in self.rows.items()
+                if set(SPEED_COLUMNS) <= cells.keys() and not id.startswith(TOGETHER)}  # fmt: skip
         return {id: {name: number(cells[name]) for name in SPEED_COLUMNS} for id, cells in rows.items()}
 
 
@@ -2155,27 +2164,23 @@ def compare_logs(old: Log, new: Log, options: argparse.Namespace) -> Stage[None]
     missing = [id for id in [*old.marks, *old.speeds] if id not in new.marks and id not in new.speeds]
     worse = [f"{id}: {old.marks.get(id, 'new')} -> {mark}" for id, mark in new.marks.items()
              if rank(mark) > rank(old.marks.get(id, SKIP))]  # fmt: skip
-    slower: dict[str, list[str]] = {FAIL: [], WARN: [], PASS: []}
-    if speeds := [id for id in old.speeds if id in new.speeds]:
-        yield from SPEED.header()
-    for id in speeds:
-        cells, mark = compare_speed(old.speeds[id], new.speeds[id], options.max_slowdown)
-        yield SPEED.entry(VARIES, f"comparison.{id}", *cells)
-        doubt = ", not judged: large spreads or few batches" if mark == WARN else ""
-        slower[mark].append(f"{id}: {cells[0]:.2f} -> {cells[1]:.2f} images/s{doubt}")
+    shared = [id for id in old.speeds if id in new.speeds]
+    speeds = {id: compare_speed(old.speeds[id], new.speeds[id], options.max_slowdown) for id in shared}
     if speeds:
+        yield from SPEED.header()
+        yield from (SPEED.entry(VARIES, f"comparison.{id}", *cells) for id, (cells, _) in speeds.items())
         yield SPEED.legend("allowed: --max-slowdown + half the sum of both iqr")
-    advice = "see what changed between the two runs: versions and settings of stage 1"
-    for name, text, outcome, found, advice in (
-        ("experiment", "same command, device, weights and inputs", WARN, changed,
-         "two different experiments: what is worse below may be due to that"),
-        ("checks", "no check and no batch size is missing", WARN if changed else FAIL, missing,
-         "the new run did not do all of the old one"),
-        ("outcomes", "no outcome is worse", FAIL, worse, advice),
-        ("errors", f"no error grew by more than {ERROR_GROWTH:.0%}", FAIL, list(grown_errors(old, new)), advice),
+    slower, unsure = ([f"{id}: {cells[0]:.2f} -> {cells[1]:.2f} images/s" for id, (cells, mark) in speeds.items()
+                       if mark == outcome] for outcome in (FAIL, WARN))  # fmt: skip
+    advice = "see what changed between the runs: versions and settings of stage 1, other work on the host or the device"
+    advice = "the two experiments differ: what is worse may be due to that" if changed else advice
+    for name, text, outcome, found in (
+        ("experiment", "same command, device, weights and inputs", WARN, changed),
+        ("checks", "no check and no batch size is missing", WARN if changed else FAIL, missing),
+        ("outcomes", "no outcome is worse", FAIL, worse),
+        ("errors", f"no error grew by more than {ERROR_GROWTH:.0%}", FAIL, list(grown_errors(old, new))),
         ("speed", f"throughput fell nowhere by more than {options.max_slowdown:g}% and half the spreads",
-         FAIL if slower[FAIL] else WARN, slower[FAIL] or slower[WARN],
-         f"is the host or the device shared with other work? else {advice}"),
+         FAIL if slower else WARN, slower or unsure and ["not judged, large spreads or few batches", *unsure]),
     ):  # fmt: skip
         yield Entry(outcome if found else PASS, f"comparison.{name}", "; ".join(dict.fromkeys(found)) or text, advice=advice)
 
@@ -2259,7 +2264,7 @@ COLUMNS = {"inference": ("shape", "dtype", "min", "max", "mean", "std", "check")
 FACTS = {"environment": {"npu": "device.name", "date": "run.date", "software": "device.software", "host": "device.host",
                          "settings": "device.settings", "variables": "device.environment", "fp32": "device.fp32_precision"},
          "subject": {label: f"model.{label}" for label in ("size", "preprocessing", "weights", "weights_sha256", "inputs_sha256")}}
-NOTES = ("model.fallback", "precision.fewer_bits", "precision.switches", "devices.contention.",  # beginnings of ids
+NOTES = ("model.fallback", "precision.fewer_bits", "precision.switches",  # beginnings of ids
          *(f"throughput.{name}" for name in ("host_bound", "doubtful", "not_steady", "saturated.", "copy", "fastest", "sustained.tenths")))
 
 
@@ -2268,7 +2273,7 @@ def experiment(log: Log) -> argparse.Namespace:
     try:
         with open(os.devnull, "w") as quiet, contextlib.redirect_stderr(quiet):
             return parse_arguments(shlex.split(log.texts["run.command"])[1:])
-    except (KeyError, ValueError, SystemExit) as error:
+    except (KeyError, ValueError, CannotRun, SystemExit) as error:
         raise CannotRun(f"the command in the log {log.name} cannot be read: make a new log") from error
 
 
@@ -2508,9 +2513,8 @@ class RankResult(NamedTuple):
     """What each rank sends to all others at the end."""
 
     rank: int
-    place: tuple[int, str, str]  # host, device, chip: (0, "npu:1", "Ascend910B4")
+    place: tuple[int, str, str, str]  # host, device, chip, UUID: (0, "npu:1", "Ascend910B4", "")
     eager: np.ndarray  # model(x) of the seeded inputs in float32
-    uuid: str  # of the device
     error: float | None  # of model(x) in float32 against float64
     checks: list[tuple[str, str]]  # mark and id
     alone: list[Timing]  # while the other devices were idle
@@ -2532,14 +2536,13 @@ def devices_stage(
     yield from judge_timed_outputs(busy, checked, "together.")
     alone, together = ([dataclasses.replace(timing, output=None, found=None) for timing in rows if timing.total_ms]
                        for rows in (timings, busy))  # fmt: skip
-    place = ranks.host, str(context.device), chip_name(context.device)
+    place = ranks.host, str(context.device), chip_name(context.device), device_uuid(context.device)
     checks = [(entry.mark, entry.id) for entry in report.checks]
     error = checked and checked.errors.get(FLOAT32.name)
-    eager, uuid = outputs and outputs.eager, device_uuid(context.device)
-    result = RankResult(ranks.rank, place, eager, uuid, error, checks, alone, together)
+    result = RankResult(ranks.rank, place, outputs and outputs.eager, error, checks, alone, together)
     results = ranks.gather("results", result)
     yield from judge_ranks(results, outputs.loaded.references.tolerance() if outputs else None)
-    yield from judge_speeds(results, context.options.max_slowdown)
+    yield from judge_speeds(results, context)
 
 
 def judge_ranks(results: list[RankResult], tolerance: Tolerance | None) -> Iterator[Entry]:
@@ -2547,49 +2550,35 @@ def judge_ranks(results: list[RankResult], tolerance: Tolerance | None) -> Itera
     yield from DEVICES.header()
     for result in results:
         failed, warned = ([id for mark, id in result.checks if mark == wanted] for wanted in (FAIL, WARN))
-        node, device, chip = result.place
+        node, device, chip, _ = result.place
         problem = f"not passed: {', '.join(dict.fromkeys(failed + warned))}"
         advice = f"run it by itself for its whole log, on node {node}: --device {device}"
         mark = FAIL if failed else WARN if warned else PASS
         cells = node, device, len(result.checks), len(failed), len(warned), result.error, chip
         yield DEVICES.entry(mark, f"devices.{result.rank}", *cells, problem=problem, advice=advice)
     yield DEVICES.legend("err_fp64: of model(x) in float32")
-    if uuids := [f"rank {result.rank} {result.uuid}" for result in results if result.uuid]:
+    if uuids := [f"rank {result.rank} {result.place[-1]}" for result in results if result.place[-1]]:
         yield Entry(FACT, "devices.uuids", ", ".join(uuids))
     if tolerance and all(result.eager is not None for result in results):
         yield judge_agreement(results, tolerance)
 
 
-def judge_speeds(results: list[RankResult], max_slowdown: float) -> Iterator[Entry]:
-    """The rows of each device, which are slower than the median of all, and what they cost each other in throughput."""
-    figures, slow, judged = {}, [], False  # figures: row -> rank -> figures by column
+def judge_speeds(results: list[RankResult], context: Context) -> Iterator[Entry]:
+    """The rows of each device, alone and together with the others, and which devices are slower than the median."""
+    rows, slow = [(result.rank, timing) for result in results for timing in result.alone], []
     yield from THROUGHPUT.header()
-    for result in results:
-        for timing in result.alone:
-            figures.setdefault(timing.name, {})[result.rank] = timing.figures
-            if result.rank:
-                yield timing_row(f"devices.{result.rank}.{timing.name}", timing)
-    yield THROUGHPUT.legend("each device while the others were idle. rank 0: the rows of stage 5")
-    for row, ranks in figures.items():
-        median = sorted(ranks.values(), key=lambda found: found["images/s"])[len(ranks) // 2]
-        for rank, found in ranks.items():
-            judged |= not math.isnan(found["iqr"] + median["iqr"])
-            if compare_speed(median, found, max_slowdown)[1] == FAIL:
-                rates = (f"{each['images/s']:.2f} images/s (p50 {each['p50']:.4g} ms)" for each in (found, median))
-                slow.append(f"rank {rank} {row}: {', the median device '.join(rates)}")
-    text = f"no device is below the median by more than {max_slowdown:g}% and half the spreads"
-    advice = "run the slow device by itself: check its temperature, power, clock and PCIe link, and its host's load"
-    problem = "; ".join(slow) or "" if judged else f"not judged: under {FEWEST_BATCHES} timed batches"
-    yield Entry(WARN if slow else PASS if judged else SKIP, "devices.speed", problem or text, advice=advice)
-    for row in (timing.name for timing in results[0].together):
-        rates = {result.rank: (alone.throughput, together.throughput) for result in results for alone in result.alone
-                 for together in result.together if alone.name == together.name == row}  # fmt: skip
-        if rates:
-            alone, together = map(sum, zip(*rates.values()))
-            slowest = min(rates, key=lambda rank: rates[rank][1] / rates[rank][0])
-            text = f"{together:.2f} images/s of all devices together, {together / alone:.2f} of the sum of each by itself"
-            share = rates[slowest][1] / rates[slowest][0]
-            yield Entry(VARIES, f"devices.contention.{row}", f"{text}; lowest: rank {slowest}, {share:.2f}")
+    yield from (timing_entry(timing, context, f"devices.{rank}") for rank, timing in rows if rank)
+    yield from (timing_entry(timing, context, f"{TOGETHER}{each.rank}") for each in results for timing in each.together)
+    yield THROUGHPUT.legend("together: all devices at once, else one after the other; those of rank 0 are in stage 5")
+    for rank, timing in rows:
+        same = sorted((other for _, other in rows if other.name == timing.name), key=lambda other: other.throughput)
+        median = same[len(same) // 2]  # of two devices the faster one
+        if compare_speed(median.figures, timing.figures, context.options.max_slowdown)[1] == FAIL:
+            slow.append(f"rank {rank}: {timing.name} {timing.throughput:.2f} images/s, median {median.throughput:.2f}")
+    limit = f"the median of the devices by more than {context.options.max_slowdown:g}% and half the spreads"
+    text = "; ".join(slow) or f"no row of at least {FEWEST_BATCHES} batches is below {limit}"
+    advice = "run it by itself; check its temperature, power, clock and PCIe link, and the load of its host"
+    yield Entry(WARN if slow else PASS, "devices.speed", text, advice=advice)
 
 
 def judge_agreement(results: list[RankResult], tolerance: Tolerance) -> Entry:
@@ -3202,6 +3191,8 @@ class Report:
     def abort(self, message: str, status: int) -> None:
         """From a thread: end the process at once, and print what failed so far. No partial log is written."""
         self.lock.acquire()  # not while the log is being written; from here on the main thread prints nothing
+        if sys.stderr is not None and sys.stderr.isatty():  # the cursor may be behind a progress bar
+            print(file=sys.stderr)
         self.failures(None)
         os._exit(self.not_run(message, status))
 
@@ -3374,6 +3365,10 @@ def end_on_signals(report: Report, ranks: Ranks) -> None:
     receiver, sender = os.pipe()
 
     def wait() -> None:
+        while not select.select([receiver], [], [], HEARTBEAT_SECONDS)[0]:
+            if not report.quiet and sys.stderr is not None and not sys.stderr.isatty():  # a terminal has progress bars
+                seconds = time.perf_counter() - report.started
+                print(f"[{report.stage}] running, {seconds:.0f} s since the start", file=sys.stderr, flush=True)
         number = os.read(receiver, 1)[0]
         if number == signal.SIGTERM and (lost := ranks.check_alive()):  # torchrun ends all ranks because one failed
             report.lock.acquire()
@@ -3424,68 +3419,73 @@ def first_line(error: BaseException) -> str:
 
 # --- The command line -------------------------------------------------------------------------------------------------
 
-def checked_text(pattern: str, what: str, convert: Callable = str) -> Callable[[str], object]:
-    """A type for argparse: a text that matches the pattern, converted."""
-
-    def parse(text: str):
-        if not re.fullmatch(pattern, text, re.ASCII):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
-        return convert(text)
-
-    return parse
-
-
 def make_parser() -> argparse.ArgumentParser:
-    natural, from_1 = checked_text(r"\d{1,18}", "a whole number from 0 on", int), "a whole number from 1 on"
-    positive = checked_text(r"0*[1-9]\d{0,8}", from_1, int)
-    size = checked_text(r"auto|0*[1-9]\d{0,8}", from_1, lambda text: text if text == "auto" else int(text))
-    device = checked_text(r"[a-z]+(:[0-9]{1,4})?", "a device; examples: npu, npu:1, cpu, cuda:0")
-    number = checked_text(r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", "a number from 0 on", float)
-    known = f"{', '.join(mode.name for mode in BASE_MODES)}, each also with +graph (an NPU or CUDA graph)"
-    mode = checked_text("|".join(map(re.escape, MODES)), f"a mode; modes are {known}")
-    parser = argparse.ArgumentParser(
-        description="Validate a timm model on a Huawei Ascend NPU, and write a log that proves the result.",
-        epilog="exit status: 0 no check failed, 1 a check failed (or warned, with --strict), 2 the run could not be done",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    def usage_error(message: str) -> None:
+        raise CannotRun(message)
+
+    (examples, _, _), (_, _, statuses) = __doc__.partition("\n\nMethod."), __doc__.rpartition("\n\n")
+    parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=examples, epilog=statuses,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.error = usage_error
+    parser.add_argument("--version", action="version", version=f"validate_npu.py {VERSION}")
     what, how, result = (parser.add_argument_group(name).add_argument for name in ("what", "how", "result"))
-    what("--model", default=DEFAULT_MODEL, metavar="NAME", help="timm model")
-    what("--device", default="npu", type=device, help="npu[:i], cpu (a dry run), cuda[:i], ...")
-    what("--weights", default="pretrained", metavar="WHICH", help="pretrained, random, a file or a folder")
-    what("--img-size", default=[], type=positive, nargs="+", metavar="N", help="image size, one number or height and width"
-         " ([]: the model's own)")  # fmt: skip
+    default = "(default: %(default)s)"
+    what("--model", default=DEFAULT_MODEL, metavar="NAME", help=f"timm model {default}")
+    what("--device", default="npu", help="npu[:i], cpu (a dry run), cuda[:i], ... (default: npu:0)")
+    what("--weights", default="pretrained", metavar="WHICH", help=f"pretrained, random, a file or a folder {default}")
+    what("--img-size", default=[], nargs="+", metavar="N", help="one number, or height and width (default: the model's)")
     what("--image", default=[], nargs="+", metavar="FILE", help="images to validate with: files, folders or patterns")
     what("--rope-bf16", action="store_true", help="round the RoPE periods to bfloat16, as in the original DINOv3")
-    what("--seed", default=0, type=natural, metavar="N", help="seed of the random inputs and weights")
-    how("--batch-sizes", default=DEFAULT_BATCH_SIZES, type=size, nargs="+", metavar="N", help="batch sizes to time, or auto:"
-        " doubled until throughput stops growing")  # fmt: skip
-    how("--modes", default=[], type=mode, nargs="+", metavar="MODE", help=f"modes to validate and to time beside float32: {known}")
-    how("--warmup", default=10, type=natural, metavar="N", help="minimum number of warm-up batches (0: no warm-up)")
-    how("--iters", default=100, type=positive, metavar="N", help="number of timed batches of each size")
-    how("--duration", default=0, type=positive, metavar="SECONDS", help="afterwards run the fastest mode for this many seconds")
-    how("--max-error", default=1e-2, type=number, metavar="X", help="largest relative L2 error of the fastest mode")
-    how("--timeout", default=1800, type=positive, metavar="SECONDS", help="time limit for a stage, or for a timed row")
-    result("--output", default="validation_output.txt", metavar="FILE", help="the log")
+    what("--seed", default=0, type=int, metavar="N", help=f"seed of the random images and weights {default}")
+    how("--batch-sizes", default=[*map(str, DEFAULT_BATCH_SIZES)], nargs="+", metavar="N", help="batch sizes to time, or auto:"
+        f" doubled until throughput stops growing (default: {' '.join(map(str, DEFAULT_BATCH_SIZES))})")  # fmt: skip
+    how("--modes", default=[], nargs="+", metavar="MODE", help="further modes, validated and timed in addition to float32:"
+        f" {BASE_NAMES} (amp-: autocast), each also with +graph (an NPU or CUDA graph)")  # fmt: skip
+    how("--warmup", default=10, type=int, metavar="N", help=f"minimum number of warm-up batches, 0: none {default}")
+    how("--iters", default=100, type=int, metavar="N", help=f"number of timed batches of each size {default}")
+    how("--duration", default=0, type=int, metavar="SECONDS", help="afterwards run the fastest mode for this time")
+    how("--max-error", default=1e-2, type=float, metavar="X", help=f"largest error of the fastest mode {default}")
+    how("--timeout", default=1800, type=int, metavar="SECONDS", help=f"limit for a stage, or for a timed row {default}")
+    result("--output", default="validation_output.txt", metavar="FILE", help=f"the log {default}")
     result("--strict", action="store_true", help="a WARN also ends with exit status 1")
     result("--baseline", metavar="OLD.txt", help="compare with an earlier log; exit status 1 if something became worse")
     result("--compare", nargs=2, metavar=("OLD.txt", "NEW.txt"), help="only compare two logs, without a run")
-    result("--max-slowdown", default=10.0, type=number, metavar="PERCENT", help="slowdown that a comparison tolerates")
-    result("--report", default=[], nargs="+", metavar="LOG", help="only print a section for a model card from logs, in Markdown")
-    result("--language", default="zh", choices=LANGUAGES, help="of that section")
+    result("--max-slowdown", default=10.0, type=float, metavar="PERCENT", help=f"slowdown that is tolerated {default}")
+    result("--report", default=[], nargs="+", metavar="LOG", help="only print a section for a model card, in Markdown")
+    result("--language", default="zh", choices=LANGUAGES, help=f"of that section {default}")
     result("--json", action="store_true", help="print its content as JSON")
     return parser
 
 
+def whole_numbers(option: str, words: list[str]) -> list[int]:
+    """Of "1 4", "1,4" and "256x192". Raises CannotRun if a number is not from 1 on."""
+    parts = [part for word in words for part in re.split("[x,]", word)]
+    if wrong := [part for part in parts if not re.fullmatch(r"0*[1-9]\d{0,8}", part, re.ASCII)]:
+        raise CannotRun(f"{option}: {wrong[0]!r} is not a whole number from 1 on")
+    return [*map(int, parts)]
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = make_parser()
-    options = parser.parse_args(argv)
+    """Raises CannotRun for a usage error."""
+    options = make_parser().parse_args(argv)
+    for name in ("iters", "timeout", "seed", "warmup", "duration", "max_error", "max_slowdown"):
+        least = int(name in ("iters", "timeout"))
+        if not least <= getattr(options, name) < 1e9:
+            raise CannotRun(f"--{name.replace('_', '-')} takes a number from {least} on, below 1e9")
+    if not re.fullmatch(r"[a-z]+(:[0-9]{1,4})?", options.device):
+        raise CannotRun(f"--device: {options.device!r} is not a device; examples: npu, npu:1, cpu, cuda:0")
+    options.img_size = whole_numbers("--img-size", options.img_size)
     if len(options.img_size) > 2:
-        parser.error("--img-size takes one number, or height and width")
-    if "auto" in options.batch_sizes and len(options.batch_sizes) > 1:
-        parser.error("--batch-sizes auto cannot be combined with numbers")
+        raise CannotRun("--img-size takes one number, or height and width")
+    is_auto = options.batch_sizes == ["auto"]
+    options.batch_sizes = [] if is_auto else sorted(set(whole_numbers("--batch-sizes", options.batch_sizes)))
+    for name in (name for name in options.modes if name not in MODES):
+        meant = re.sub(r"fp|f(?=\d)", "float", name)  # of fp16, bf16, amp-fp16
+        near = difflib.get_close_matches(meant, [mode.name for mode in BASE_MODES], cutoff=0)
+        near = f"near: {', '.join(near)}; modes are {BASE_NAMES} (amp-: autocast), each also with +graph"
+        raise CannotRun(f"--modes: {name!r} is not a mode; {near}")
     if options.json and not options.report:
-        parser.error("--json is for --report: a run writes its log")
-    options.batch_sizes = [] if options.batch_sizes == ["auto"] else sorted(set(options.batch_sizes))
+        raise CannotRun("--json is for --report: a run writes its log")
     return options
 
 
@@ -3533,16 +3533,16 @@ def main(argv: list[str] | None = None) -> int:
             return report.result()
         end_on_signals(report, ranks)
         report.restart_timeout("start")
-        baseline = None
         if ranks.rank == 0:  # the only rank that reads and writes logs
             check_paths(options)
-            baseline = Log.read(options.baseline) if options.baseline else None  # before it may be replaced
+        baseline = Log.read(options.baseline) if options.baseline and not ranks.rank else None  # before it is replaced
         import_packages()
         # A rank may have to wait until each rank before it has timed each row.
         ranks.connect(report, (options.timeout + options.duration) * (1 + ranks.size))
         ranks.all_or_none("name", lambda: check_name(options.model))
         device = ranks.all_or_none("device", lambda: find_device(ranks.device_name(options.device)))
-        status = validate(make_context(options, device, ranks, report), report, baseline)
+        context = ranks.all_or_none("modes", lambda: make_context(options, device, ranks, report))
+        status = validate(context, report, baseline)
         # If one process ends with an error, torchrun ends rank 0, which writes the log. Its result is that of all.
         return ranks.gather("end", status)[0]
     except CannotRun as problem:
@@ -3550,10 +3550,6 @@ def main(argv: list[str] | None = None) -> int:
         return report.not_run(f"error: {problem}", 2)
     except RanksLost as lost:
         return report.close_without(lost.args[0])
-    except SystemExit as end:  # argparse has printed the error, or the help
-        if end.code:
-            print_line("RESULT: NOT RUN  (exit status 2; an earlier log is unchanged)")
-        raise
 
 
 if __name__ == "__main__":

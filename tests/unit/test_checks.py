@@ -595,8 +595,8 @@ def test_what_one_rank_cannot_do_ends_all_with_its_reason(two_ranks, broken):
 
 def rank_result(rank, eager, found=(), alone=(), together=()):
     """alone, together: timings."""
-    place, uuid = (0, f"npu:{rank}", "Ascend910B4"), f"eeee-0{rank}" if rank else ""
-    return v.RankResult(rank, place, np.asarray(eager, np.float32), uuid, 1e-6, list(found), list(alone), list(together))
+    place = 0, f"npu:{rank}", "Ascend910B4", f"eeee-0{rank}" if rank else ""
+    return v.RankResult(rank, place, np.asarray(eager, np.float32), 1e-6, list(found), list(alone), list(together))
 
 
 def timed(rate, spread=0.0, batches=8):
@@ -653,42 +653,38 @@ def test_the_uuids_of_the_devices_are_listed_if_torch_has_them():
     assert "devices.uuids" not in {entry.id for entry in v.judge_ranks([rank_result(0, CORRECT)], LIMIT)}
 
 
-def test_the_contention_of_devices_is_a_line_for_each_row():
+def test_each_device_has_rows_alone_and_together():
+    """Those of rank 0 alone are in stage 5."""
     results = [rank_result(0, CORRECT, (), [timed(100)], [timed(50)]), rank_result(1, CORRECT, (), [timed(200)], [timed(60)])]
-    found = {entry.id: entry for entry in v.judge_speeds(results, 10.0)}
-    entry = found["devices.contention.float32.4"]
-    assert (entry.mark, entry.text) == (
-        VARIES, "110.00 images/s of all devices together, 0.37 of the sum of each by itself; lowest: rank 1, 0.30"
-    )  # fmt: skip
+    rows = {entry.id: cells(v.THROUGHPUT, entry) for entry in v.judge_speeds(results, new_context()) if entry.mark == VARIES}
+    assert {id: row["images/s"] for id, row in rows.items()} == {
+        "devices.1.float32.4": "200.00", "devices.together.0.float32.4": "50.00", "devices.together.1.float32.4": "60.00"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("rates", "options", "outcome", "problem"),
     [
-        ([100, 100, 100], {}, PASS, "no device is below the median by more than 10% and half the spreads"),
-        ([100, 91, 95, 109], {}, PASS, "no device is "),
-        ([100, 85], {}, WARN, "rank 1 float32.4: 85.00 images/s (p50 47.06 ms), the median device 100.00 images/s (p50 40 ms)"),
-        ([85, 100], {}, WARN, "rank 0 float32.4: 85.00 "),
-        ([100, 60, 101, 99], {}, WARN, "rank 1 float32.4: 60.00 "),
-        ([100, 60, 101, 70, 99, 98], {}, WARN, "rank 1 float32.4: 60.00 .*; rank 3 float32.4: 70.00 "),
-        ([100, 160, 101], {}, PASS, "no device is "),  # faster is not slower
-        ([100, 85, 100], {"max_slowdown": 20}, PASS, "no device is below the median by more than 20%"),
-        ([100, 85, 100], {"spread": 0.2}, PASS, "no device is "),
-        ([100, 60, 100], {"spread": 0.2}, WARN, "rank 1 float32.4: 60.00 "),
-        ([100, 10, 100], {"batches": 4}, SKIP, "not judged: under 5 timed batches"),
-        ([], {}, SKIP, "not judged: "),
+        ([100, 100, 100], {}, PASS, "no row of at least 5 batches is below the median of the devices by more than 10% and"),
+        ([100, 91, 95, 109], {}, PASS, "no row of at least 5 "),
+        ([100, 85], {}, WARN, "rank 1: float32.4 85.00 images/s, median 100.00"),
+        ([85, 100], {}, WARN, "rank 0: float32.4 85.00 "),
+        ([100, 60, 101, 99], {}, WARN, "rank 1: float32.4 60.00 "),
+        ([100, 60, 101, 70, 99, 98], {}, WARN, "rank 1: float32.4 60.00 .*; rank 3: float32.4 70.00 "),
+        ([100, 160, 101], {}, PASS, "no row of at least 5 "),  # faster is not slower
+        ([100, 85, 100], {"max_slowdown": 20}, PASS, "no row of at least 5 batches is below the median of the devices by more than 20%"),
+        ([100, 85, 100], {"spread": 0.2}, PASS, "no row of at least 5 "),
+        ([100, 60, 100], {"spread": 0.2}, WARN, "rank 1: float32.4 60.00 "),
+        ([100, 10, 100], {"batches": 4}, PASS, "no row of at least 5 batches is "),
+        ([], {}, PASS, "no row "),
     ],
 )  # fmt: skip
 def test_a_device_that_is_slower_than_the_others_is_named(rates, options, outcome, problem):
-    """Rows stand behind the rank: those of rank 0 are in stage 5."""
     how = {name: value for name, value in options.items() if name != "max_slowdown"}
     results = [rank_result(rank, CORRECT, (), [timed(rate, **how)]) for rank, rate in enumerate(rates)]
-    entries = list(v.judge_speeds(results or [rank_result(0, CORRECT)], options.get("max_slowdown", 10.0)))
-    found = checks(entries)["devices.speed"]
-    assert found.mark == outcome and re.match(problem.replace("(", r"\(").replace(")", r"\)"), found.text), found.text
-    rows = {entry.id: cells(v.THROUGHPUT, entry) for entry in entries if entry.mark == VARIES}
-    assert [id for id in rows] == [f"devices.{rank}.float32.4" for rank in range(1, len(rates))]
-    assert all(float(row["images/s"]) == pytest.approx(rate) for row, rate in zip(rows.values(), rates[1:]))
+    context = new_context("--max-slowdown", options.get("max_slowdown", 10))
+    found = checks(v.judge_speeds(results or [rank_result(0, CORRECT)], context))["devices.speed"]
+    assert found.mark == outcome and re.match(problem, found.text), found.text
 
 
 def test_under_torchrun_the_device_is_that_of_the_local_rank(monkeypatch):
@@ -723,11 +719,14 @@ def test_modes_that_differ_have_names_that_differ_and_a_graph_has_the_outputs_of
 
 
 def test_float32_is_always_validated_and_each_mode_once():
-    context = new_context("--modes", "float16", "float16", "float32", "hf32")
+    context = new_context("--modes", "float16", "float16", "float32")
     assert [mode.name for mode in context.modes] == ["float32", "float16"]
-    assert {mode.name: reason for mode, reason in context.unsupported.items()} == {
-        "hf32": "cpu has no reduced-precision float32"
-    }
+
+
+def test_a_mode_that_the_device_does_not_support_is_refused():
+    reasons = r"hf32: cpu has no reduced-precision float32; float16\+graph: a CPU has no graphs to capture"
+    with pytest.raises(v.CannotRun, match=f"^--modes {reasons}$"):
+        new_context("--modes", "float16", "hf32", "float16+graph")
 
 
 def test_weights_are_restored_after_half_precision_and_after_float64():

@@ -26,7 +26,7 @@ HALF = dataclasses.replace(FASTER, mode=v.MODES["float16"])
             "float32 4, float16 4: the device waits",
         ),
         ([FASTER], "host_bound", None),
-        ([SOME_SLOW], "doubtful", "float32 4: iqr over 10%, or under 5 batches; "),
+        ([SOME_SLOW], "doubtful", "float32 4: iqr over 10% or under 5 batches; "),
         ([dataclasses.replace(MEASURED, total_ms=(10.0,) * 4)], "doubtful", "float32 4: "),
         ([ONE_SLOW], "doubtful", None),
         ([dataclasses.replace(MEASURED, steady=False)], "not_steady", "float32 4: the latency was not stable to 2%"),
@@ -43,7 +43,7 @@ def test_the_table_is_explained(timings, name, text):
 
 @pytest.mark.parametrize(("batches", "percentile", "iqr"), [(1, "-", "-"), (4, "-", "-"), (5, "10", "0.0%")])
 def test_a_row_with_few_batches_has_no_percentiles(batches, percentile, iqr):
-    entry = v.timing_row("throughput.float32.4", dataclasses.replace(MEASURED, total_ms=(10.0,) * batches))
+    entry = v.timing_entry(dataclasses.replace(MEASURED, total_ms=(10.0,) * batches), new_context())
     row = cells(v.THROUGHPUT, entry)
     assert row == {"images/s": "400.00", **dict.fromkeys(("p50", "p90", "p95", "p99"), percentile), "iqr": iqr}
 
