@@ -2164,12 +2164,11 @@ def compare_logs(old: Log, new: Log, options: argparse.Namespace) -> Stage[None]
     missing = [id for id in [*old.marks, *old.speeds] if id not in new.marks and id not in new.speeds]
     worse = [f"{id}: {old.marks.get(id, 'new')} -> {mark}" for id, mark in new.marks.items()
              if rank(mark) > rank(old.marks.get(id, SKIP))]  # fmt: skip
-    shared = [id for id in old.speeds if id in new.speeds]
-    speeds = {id: compare_speed(old.speeds[id], new.speeds[id], options.max_slowdown) for id in shared}
-    if speeds:
-        yield from SPEED.header()
-        yield from (SPEED.entry(VARIES, f"comparison.{id}", *cells) for id, (cells, _) in speeds.items())
-        yield SPEED.legend("allowed: --max-slowdown + half the sum of both iqr")
+    before, after = old.speeds, new.speeds
+    speeds = {id: compare_speed(before[id], after[id], options.max_slowdown) for id in before if id in after}
+    yield from SPEED.header()
+    yield from (SPEED.entry(VARIES, f"comparison.{id}", *cells) for id, (cells, _) in speeds.items())
+    yield SPEED.legend("allowed: --max-slowdown + half the sum of both iqr")
     slower, unsure = ([f"{id}: {cells[0]:.2f} -> {cells[1]:.2f} images/s" for id, (cells, mark) in speeds.items()
                        if mark == outcome] for outcome in (FAIL, WARN))  # fmt: skip
     advice = "see what changed between the runs: versions and settings of stage 1, other work on the host or the device"
@@ -2271,8 +2270,7 @@ NOTES = ("model.fallback", "precision.fewer_bits", "precision.switches",  # begi
 def experiment(log: Log) -> argparse.Namespace:
     """The options of the run. Raises CannotRun if its command is damaged."""
     try:
-        with open(os.devnull, "w") as quiet, contextlib.redirect_stderr(quiet):
-            return parse_arguments(shlex.split(log.texts["run.command"])[1:])
+        return parse_arguments(shlex.split(log.texts["run.command"])[1:])
     except (KeyError, ValueError, CannotRun, SystemExit) as error:
         raise CannotRun(f"the command in the log {log.name} cannot be read: make a new log") from error
 
@@ -3433,13 +3431,14 @@ def make_parser() -> argparse.ArgumentParser:
     what("--model", default=DEFAULT_MODEL, metavar="NAME", help=f"timm model {default}")
     what("--device", default="npu", help="npu[:i], cpu (a dry run), cuda[:i], ... (default: npu:0)")
     what("--weights", default="pretrained", metavar="WHICH", help=f"pretrained, random, a file or a folder {default}")
-    what("--img-size", default=[], nargs="+", metavar="N", help="one number, or height and width (default: the model's)")
+    what("--img-size", default=[], nargs="+", metavar="N", help="one number, or height and width (the model's)")
     what("--image", default=[], nargs="+", metavar="FILE", help="images to validate with: files, folders or patterns")
     what("--rope-bf16", action="store_true", help="round the RoPE periods to bfloat16, as in the original DINOv3")
     what("--seed", default=0, type=int, metavar="N", help=f"seed of the random images and weights {default}")
-    how("--batch-sizes", default=[*map(str, DEFAULT_BATCH_SIZES)], nargs="+", metavar="N", help="batch sizes to time, or auto:"
-        f" doubled until throughput stops growing (default: {' '.join(map(str, DEFAULT_BATCH_SIZES))})")  # fmt: skip
-    how("--modes", default=[], nargs="+", metavar="MODE", help="further modes, validated and timed in addition to float32:"
+    sizes = [*map(str, DEFAULT_BATCH_SIZES)]
+    how("--batch-sizes", default=sizes, nargs="+", metavar="N", help="batch sizes to time, or auto: doubled until"
+        f" throughput stops growing (default: {' '.join(sizes)})")  # fmt: skip
+    how("--modes", default=[], nargs="+", metavar="MODE", help="to validate and time in addition to float32:"
         f" {BASE_NAMES} (amp-: autocast), each also with +graph (an NPU or CUDA graph)")  # fmt: skip
     how("--warmup", default=10, type=int, metavar="N", help=f"minimum number of warm-up batches, 0: none {default}")
     how("--iters", default=100, type=int, metavar="N", help=f"number of timed batches of each size {default}")
@@ -3480,8 +3479,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     is_auto = options.batch_sizes == ["auto"]
     options.batch_sizes = [] if is_auto else sorted(set(whole_numbers("--batch-sizes", options.batch_sizes)))
     for name in (name for name in options.modes if name not in MODES):
-        meant = re.sub(r"fp|f(?=\d)", "float", name)  # of fp16, bf16, amp-fp16
-        near = difflib.get_close_matches(meant, [mode.name for mode in BASE_MODES], cutoff=0)
+        near = difflib.get_close_matches(re.sub(r"fp|f(?=\d)", "float", name), BASE_NAMES.split(", "), cutoff=0)
         near = f"near: {', '.join(near)}; modes are {BASE_NAMES} (amp-: autocast), each also with +graph"
         raise CannotRun(f"--modes: {name!r} is not a mode; {near}")
     if options.json and not options.report:
