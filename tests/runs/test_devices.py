@@ -29,7 +29,9 @@ def validate(tmp_path):
 
     def validate(cards, *arguments, **knobs):
         env = environment(DEVICES=cards, **knobs) | {"OMP_NUM_THREADS": "1"}
-        return start([*SMALL, *arguments], tmp_path, env, torchrun(cards))
+        each = f'{sys.executable} "$@"; status=$?; echo "rank $RANK ends with $status" >&2; sleep 1; exit $status'
+        launcher = [*torchrun(cards), "--no-python", "bash", "-c", each, "bash"] if "--baseline" in arguments else torchrun(cards)
+        return start([*SMALL, *arguments], tmp_path, env, launcher)
 
     return validate
 
@@ -84,7 +86,8 @@ def test_a_slow_device_is_named_and_every_process_ends_alike(validate, tmp_path,
     assert {id: block[:4] for id, block in listed.items()} == failures, done.stdout
     failed = "FAIL" in failures.values()
     assert done.result.startswith("RESULT: FAIL" if failed else "RESULT: PASS")
-    assert done.status == failed and set(exit_codes(done.stderr).values()) == ({1} if failed else set())
+    statuses = dict(re.findall(r"^rank (\d) ends with (\d)$", done.stderr, re.MULTILINE))
+    assert done.status == failed and statuses == {str(rank): str(int(failed)) for rank in range(devices)}, done.stderr
     assert "devices.speed" not in failures or "WARN devices.speed: rank 1: float32.2 " in listed["devices.speed"]
     assert "comparison.speed" not in failures or "devices.1.float32.2: " in listed["comparison.speed"]
     compared = start(["--compare", "yesterday.txt", "validation_output.txt"], tmp_path)
