@@ -3,7 +3,10 @@
 
     python validate_npu.py                                   # npu:0, pretrained weights
     python validate_npu.py --device cpu --weights random     # CPU dry run, without an NPU
+    python validate_npu.py --weights my.pth --image photos/  # a checkpoint of your own, with your images
+    python validate_npu.py --modes float16 float32+graph     # faster modes
     torchrun --nproc-per-node 8 validate_npu.py              # all devices of a host
+    python validate_npu.py --compare old.txt new.txt         # what became worse
     python validate_npu.py --report validation_output.txt    # a section for a model card, from a log
 
 Method. The reference is the same model with the same weights and inputs on the CPU in float64, with the form of GELU
@@ -44,7 +47,7 @@ compared between logs by its id:
     found = compare(actual, reference)                       # two arrays of shape (B, ...)
     yield comparison("outputs.flipped", found, Tolerance(warn=1e-5, fail=1e-3))
 
-Exit status: 0 no check failed, 1 a check failed, 2 the run could not be done, 130 or 143 ended by a signal.
+Exit status: 0 no check failed, 1 a check failed (--strict: or warned), 2 the run could not be done, 130, 143 a signal.
 """
 
 from __future__ import annotations
@@ -65,6 +68,7 @@ import os
 import pickle
 import platform
 import re
+import select
 import shlex
 import shutil
 import signal
@@ -184,19 +188,20 @@ class Mode:
         with set_reduced_fp32(device, switches), autocast:
             yield
 
-    def unsupported_reason(self, device: torch.device, lacks: str) -> str:
-        """Why the device cannot run in this mode, "" if it can. lacks: of its compiler."""
+    def unsupported_reason(self, device: torch.device) -> str:
+        """Why the device cannot run in this mode, "" if it can."""
         if not supports_dtype(device, self.amp or self.half):
             return f"{device} does not support {self.amp or self.half}"
         if self.hf32 and not (reduced_fp32_switches(device) and supports_dtype(device, "bfloat16")):
             return f"{device} has no reduced-precision float32"
-        return lacks if self.compiled else "a CPU has no graphs to capture" if self.graph and device.type == "cpu" else ""
+        return "a CPU has no graphs to capture" if self.graph and device.type == "cpu" else ""
 
 
 FLOAT32, STRICT = Mode("float32", "float32"), Mode("strict", "strict", strict=True)
 BASE_MODES = [FLOAT32, Mode("hf32", "hf32", hf32=True)]
 BASE_MODES += [Mode(f"amp-{dtype}", f"amp-{dtype}", amp=dtype) for dtype in ("float16", "bfloat16")]
 BASE_MODES += [Mode(dtype, dtype, half=dtype) for dtype in ("float16", "bfloat16")]
+BASE_NAMES = ", ".join(mode.name for mode in BASE_MODES)
 MODES = {mode.name: mode for base in BASE_MODES for name in (base.name,) for mode in
          (base, dataclasses.replace(base, name=f"{name}+graph", graph=True),
           dataclasses.replace(base, name=f"{name}+compile", base=f"{name}+compile", compiled=name))}  # fmt: skip
@@ -215,6 +220,8 @@ STEADY, STEADY_BATCHES = 0.02, 10  # steady: the median of 10 batches is within 
 SUSTAINED_SLOWDOWN = 0.05  # how much throughput may fall under sustained load, beside the spreads
 HOST_BOUND = 0.8  # a row is host-bound if launching takes this share of its time (as in trtexec)
 MAX_IQR = 0.1  # interquartile range over median, as in torch.utils.benchmark
+FEWEST_BATCHES = 5  # a row with fewer timed batches has no percentiles, and is not judged
+HEARTBEAT_SECONDS = 30  # without a terminal, until the next line that names the stage
 HUB_SECONDS = 10  # until the hub must have answered
 ALIVE_SECONDS = 30  # until a device that reported an error must have computed a small matmul
 ROLL_CALL_SECONDS = 5  # until each rank must have answered when torchrun ends a run
@@ -240,7 +247,7 @@ class Context:
     ranks: Ranks
     documented: dict[str, str]  # precision of float32 products by kind, "convolution" and "matmul": a key of UNIT
     modes: tuple[Mode, ...]  # to validate and to time
-    unsupported: dict[Mode, str]  # requested modes that the device cannot run, with the reason
+    unsupported: dict[Mode, str]  # requested modes that lack a compiler, with the reason
     meta_model: torch.nn.Module | None  # the model on the meta device, without memory; None if timm cannot build it
     compiler: str  # the backend of torch.compile, "" if it is not needed, or if none can be used
 
@@ -252,17 +259,20 @@ class Context:
 
 
 def make_context(options: argparse.Namespace, device: torch.device, ranks: Ranks, report: Report) -> Context:
-    requested = dict.fromkeys([FLOAT32, *(MODES[name] for name in options.modes)])
+    """Raises CannotRun if the device cannot run in a mode of --modes. Modes that lack a compiler are skipped instead."""
+    modes = tuple(dict.fromkeys([FLOAT32, *(MODES[name] for name in options.modes)]))
+    if reasons := [f"{mode.name}: {reason}" for mode in modes if (reason := mode.unsupported_reason(device))]:
+        raise CannotRun(f"--modes {'; '.join(reasons)}")
     compiler, lacks = "", ""
-    if any(mode.compiled for mode in requested):
+    if any(mode.compiled for mode in modes):
         folder = tempfile.TemporaryDirectory(prefix="validate_npu.", ignore_cleanup_errors=True)
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = report.caches.enter_context(folder)
         report.caches.callback(os.environ.pop, "TORCHINDUCTOR_CACHE_DIR", "")  # else handlers at exit make it again
         with contextlib.suppress(AttributeError):  # they would stay in another folder
             torch._inductor.config.cpp_cache_precompile_headers = False
         compiler, lacks = find_compiler(device, options.compile_backend)
-    unsupported = {mode: reason for mode in requested if (reason := mode.unsupported_reason(device, lacks))}
-    modes = tuple(mode for mode in requested if mode not in unsupported)
+    unsupported = {mode: lacks for mode in modes if mode.compiled and lacks}
+    modes = tuple(mode for mode in modes if mode not in unsupported)
     meta_model = None
     with contextlib.suppress(Exception), torch.device("meta"):
         meta_model = create_model(options).eval()
@@ -316,6 +326,7 @@ def device_stage(context: Context) -> Stage[Probe]:
     environment = [f"{name}={os.environ[name]}" for name in ENVIRONMENT if name in os.environ]
     for name, text in {
         "name": name,
+        "uuid": device_uuid(device),
         "software": ", ".join(f"{name} {version}" for name, version in software.items()),
         "host": host_name(),
         "settings": ", ".join(settings(device)),
@@ -482,7 +493,8 @@ def load_model(options: argparse.Namespace) -> tuple[torch.nn.Module, str]:
         warn_user(f"the hub does not give the weights ({describe(refused)}): those in its cache are used")
     source = f"random, seed {options.seed}"
     if pretrained:
-        origin = getattr(model, "pretrained_cfg", {})
+        # The config.json of a local folder may name a hub.
+        origin = {} if name.startswith("local-dir:") else getattr(model, "pretrained_cfg", {})
         source = f"pretrained, {origin.get('hf_hub_id') or origin.get('url') or name}"
     elif weights != "random":
         source = load_weights_file(options, model, weights)
@@ -1834,6 +1846,13 @@ class Timing:
         low, middle, high = np.percentile(self.total_ms, (25, 50, 75))
         return float((high - low) / middle)
 
+    @property
+    def figures(self) -> dict[str, float]:
+        """The row of the table. Percentiles and the iqr of fewer than FEWEST_BATCHES batches are NaN."""
+        figures = [*np.percentile(self.total_ms, (50, 90, 95, 99)), self.iqr]
+        figures = figures if len(self.total_ms) >= FEWEST_BATCHES else [math.nan] * len(figures)
+        return dict(zip(("images/s", "p50", "p90", "p95", "p99", "iqr"), [self.throughput, *figures]))
+
 
 def throughput_stage(context: Context, outputs: Outputs, checked: Precision | None) -> Stage[list[Timing]]:
     """The latency of a batch for each mode and batch size, and that the timed outputs are correct."""
@@ -1888,23 +1907,28 @@ def time_batches(
 
     device, options = context.device, context.options
     kind = "cpu" if device.type == "cpu" else "accelerator"
+    bar = tqdm(total=options.warmup + options.iters, desc=f"{mode.name}, {len(inputs)}", leave=False, disable=None)
+
+    def run_batch() -> tuple[float, float, torch.Tensor]:
+        bar.update()
+        return time_batch(forward, inputs, device)
+
     first_ms = time_batch(forward, inputs, device)[1]
     steady, (least, most) = True, WARMUP_SECONDS[kind]
     if options.warmup and not seconds:
         most -= first_ms / 1000 if kind == "cpu" else 0  # nothing is compiled in the first call
-        steady = warm_up(lambda: time_batch(forward, inputs, device)[1], options.warmup, least, most)
+        steady = warm_up(lambda: run_batch()[1], options.warmup, least, most)
     launch_ms, total_ms, worst = [], [], compare(reference, reference)
+    bar.total = bar.n + (round(1000 * seconds / first_ms) if seconds else options.iters)
     end = time.perf_counter() + (seconds or TIMED_SECONDS[kind])
-    batches = itertools.count() if seconds else range(options.iters)
-    for _ in tqdm(batches, desc=f"{mode.name}, batch {len(inputs)}", leave=False, disable=None):
-        launch, total, output = time_batch(forward, inputs, device)
+    while time.perf_counter() <= end and (seconds or len(total_ms) < options.iters) or not total_ms:
+        launch, total, output = run_batch()
         launch_ms.append(launch)
         total_ms.append(total)
         output = to_host(output)
         if not np.array_equal(output, reference):
             worst = max(worst, compare(output, reference), key=lambda found: found.error)
-        if time.perf_counter() > end:
-            break
+    bar.close()
     peak = torch.get_device_module(device.type).max_memory_allocated(device) if kind != "cpu" else None
     return Timing(mode, len(inputs), first_ms, steady, tuple(launch_ms), tuple(total_ms), peak, output, worst)
 
@@ -2090,16 +2114,15 @@ def by_mode(timings: list[Timing]) -> list[list[Timing]]:
     return [[t for t in timings if t.mode == mode] for mode in dict.fromkeys(t.mode for t in timings)]
 
 
-def timing_entry(timing: Timing, context: Context) -> Entry:
+def timing_entry(timing: Timing, context: Context, table: str = "throughput") -> Entry:
     """A row of the table of throughput."""
-    id = f"throughput.{timing.name}"
+    id = f"{table}.{timing.name}"
     if timing.problem == OUT_OF_MEMORY:  # with --batch-sizes auto the search ends like this
         mark = WARN if context.options.batch_sizes else VARIES
         return THROUGHPUT.note(mark, id, OUT_OF_MEMORY, advice=free_memory(context.device))
     if timing.problem:
         return THROUGHPUT.note(timing.mark, id, timing.problem, advice=device_log(context.device))
-    latencies = np.percentile(timing.total_ms, (50, 90, 95, 99))
-    return THROUGHPUT.entry(VARIES, id, timing.throughput, *latencies, timing.iqr)
+    return THROUGHPUT.entry(VARIES, id, *(None if math.isnan(figure) else figure for figure in timing.figures.values()))
 
 
 def copy_entry(inputs: torch.Tensor, output: np.ndarray, device: torch.device) -> Entry:
@@ -2124,9 +2147,10 @@ def explain_throughput(timings: list[Timing], device: torch.device) -> Iterator[
     if device.type != "cpu" and (bound := rows(lambda timing: timing.host_bound)):
         advice = "larger batches are nearly free; +graph, +compile or a faster CPU helps, half precision does not"
         yield Entry(VARIES, "throughput.host_bound", f"{bound}: the device waits for the host; {advice}")
-    if doubtful := rows(lambda timing: timing.iqr > MAX_IQR):
+    if doubtful := rows(lambda timing: not timing.figures["iqr"] <= MAX_IQR):
         advice = "is the host or the device shared? bind to cores (CPU_AFFINITY_CONF), raise --iters"
-        yield Entry(VARIES, "throughput.doubtful", f"{doubtful}: iqr over {MAX_IQR:.0%}; {advice}")
+        reason = f"iqr over {MAX_IQR:.0%} or under {FEWEST_BATCHES} batches"
+        yield Entry(VARIES, "throughput.doubtful", f"{doubtful}: {reason}; {advice}")
     eager = {timing.name: timing for timing in timings if timing.total_ms}
     for group in by_mode(timings):
         saturated = next((a for a, b in zip(group, group[1:]) if b.saturates(a)), None)
@@ -2330,7 +2354,13 @@ def shape_text(shape: tuple) -> str:
 LINE = re.compile(r"(PASS|SKIP|WARN|FAIL|~   |#   |    ) ([a-z]+\.\S+|id)(?: +(.*))?")
 ERROR_COLUMNS = ("err_fp64", "max_row", "max_elem", "batch_err")  # that may not grow
 SPEED_COLUMNS = ("images/s", "p50", "p90", "iqr")
+TOGETHER = "devices.together."  # rows that are not compared: how far the devices overlap in time varies
 EXPERIMENT = ("run.command", "device.name", "model.weights_sha256", "model.inputs_sha256")  # facts that identify it
+
+
+def number(cell: str) -> float:
+    """The number in a cell of a table; NaN for "-"."""
+    return math.nan if cell == "-" else float(cell.rstrip("%")) / (100 if cell.endswith("%") else 1)
 
 
 class Log:
@@ -2380,9 +2410,10 @@ class Log:
 
     @property
     def speeds(self) -> dict[str, dict[str, float]]:
-        """The rows of the table of throughput: figures by column."""
-        rows = {id: cells for id, cells in self.rows.items() if set(SPEED_COLUMNS) <= cells.keys()}
-        return {id: {name: float(cells[name].rstrip("%")) for name in SPEED_COLUMNS} for id, cells in rows.items()}
+        """The rows of the tables of throughput, of all devices: figures by column."""
+        rows = {id: cells for id, cells in self.rows.items()
+                if set(SPEED_COLUMNS) <= cells.keys() and not id.startswith(TOGETHER)}  # fmt: skip
+        return {id: {name: number(cells[name]) for name in SPEED_COLUMNS} for id, cells in rows.items()}
 
 
 def compare_logs(old: Log, new: Log, options: argparse.Namespace) -> Stage[None]:
@@ -2392,27 +2423,22 @@ def compare_logs(old: Log, new: Log, options: argparse.Namespace) -> Stage[None]
     missing = [id for id in [*old.marks, *old.speeds] if id not in new.marks and id not in new.speeds]
     worse = [f"{id}: {old.marks.get(id, 'new')} -> {mark}" for id, mark in new.marks.items()
              if rank(mark) > rank(old.marks.get(id, SKIP))]  # fmt: skip
-    slower: dict[str, list[str]] = {FAIL: [], WARN: [], PASS: []}
-    if speeds := [id for id in old.speeds if id in new.speeds]:
-        yield from SPEED.header()
-    for id in speeds:
-        cells, mark = compare_speed(old.speeds[id], new.speeds[id], options.max_slowdown)
-        yield SPEED.entry(VARIES, f"comparison.{id}", *cells)
-        doubt = ", the spreads are too large to judge" if mark == WARN else ""
-        slower[mark].append(f"{id}: {cells[0]:.2f} -> {cells[1]:.2f} images/s{doubt}")
-    if speeds:
-        yield SPEED.legend("allowed: --max-slowdown + half the sum of both iqr")
-    advice = "see what changed between the two runs: versions and settings of stage 1"
-    for name, text, outcome, found, advice in (
-        ("experiment", "same command, device, weights and inputs", WARN, changed,
-         "two different experiments: what is worse below may be due to that"),
-        ("checks", "no check and no batch size is missing", WARN if changed else FAIL, missing,
-         "the new run did not do all of the old one"),
-        ("outcomes", "no outcome is worse", FAIL, worse, advice),
-        ("errors", f"no error grew by more than {ERROR_GROWTH:.0%}", FAIL, list(grown_errors(old, new)), advice),
+    before, after = old.speeds, new.speeds
+    speeds = {id: compare_speed(before[id], after[id], options.max_slowdown) for id in before if id in after}
+    yield from SPEED.header()
+    yield from (SPEED.entry(VARIES, f"comparison.{id}", *cells) for id, (cells, _) in speeds.items())
+    yield SPEED.legend("allowed: --max-slowdown + half the sum of both iqr")
+    slower, unsure = ([f"{id}: {cells[0]:.2f} -> {cells[1]:.2f} images/s" for id, (cells, mark) in speeds.items()
+                       if mark == outcome] for outcome in (FAIL, WARN))  # fmt: skip
+    advice = "see what changed between the runs: versions and settings of stage 1, other work on the host or the device"
+    advice = "the two experiments differ: what is worse may be due to that" if changed else advice
+    for name, text, outcome, found in (
+        ("experiment", "same command, device, weights and inputs", WARN, changed),
+        ("checks", "no check and no batch size is missing", WARN if changed else FAIL, missing),
+        ("outcomes", "no outcome is worse", FAIL, worse),
+        ("errors", f"no error grew by more than {ERROR_GROWTH:.0%}", FAIL, list(grown_errors(old, new))),
         ("speed", f"throughput fell nowhere by more than {options.max_slowdown:g}% and half the spreads",
-         FAIL if slower[FAIL] else WARN, slower[FAIL] or slower[WARN],
-         f"is the host or the device shared with other work? else {advice}"),
+         FAIL if slower else WARN, slower or unsure and ["not judged, large spreads or few batches", *unsure]),
     ):  # fmt: skip
         yield Entry(outcome if found else PASS, f"comparison.{name}", "; ".join(dict.fromkeys(found)) or text, advice=advice)
 
@@ -2421,28 +2447,28 @@ def grown_errors(old: Log, new: Log) -> Iterator[str]:
     """The rows in which an error is worse."""
     for id in (id for id in old.rows if id in new.rows):
         for column in ERROR_COLUMNS:
-            before, after = (log.rows[id].get(column, "-") for log in (old, new))
-            before, after = (math.nan if cell == "-" else float(cell) for cell in (before, after))
+            before, after = (number(log.rows[id].get(column, "-")) for log in (old, new))
             if after > max(ROUNDING, (1 + ERROR_GROWTH) * before):
                 yield f"{id}: {column} {before:.1e} -> {after:.1e}"
                 break
 
 
 def compare_speed(old: dict[str, float], new: dict[str, float], max_slowdown: float) -> tuple[tuple, str]:
-    """Cells of the table SPEED, and FAIL if the new run is slower, WARN if the spreads are too large to judge.
+    """Cells of the table SPEED, and FAIL if the new run is slower, WARN if it seems slower and cannot be judged.
 
     max_slowdown: percent that throughput may fall, beyond half the sum of the two spreads. One batch in a hundred may
     take thirty times as long: only if p50 and p90 show the slowdown as well is the device slower. A median that rose by
-    more than both spreads is slower, however large they are.
+    more than both spreads is slower, however large they are. Rows of few batches have no p50, p90 and iqr: NaN.
     """
-    allowed = max_slowdown + (old["iqr"] + new["iqr"]) / 2
+    allowed = max_slowdown / 100 + (old["iqr"] + new["iqr"]) / 2
     ratio, p50 = new["images/s"] / old["images/s"], new["p50"] / old["p50"]
     best = max(ratio, 1 / p50, old["p90"] / new["p90"])
-    cells = old["images/s"], new["images/s"], ratio, old["p50"], new["p50"], allowed / 100
-    explained = math.prod(1 + percent / 100 for percent in (max_slowdown, old["iqr"], new["iqr"]))
-    if 100 * (1 - best) > allowed or p50 > explained:
+    cells = old["images/s"], new["images/s"], ratio, old["p50"], new["p50"], allowed
+    cells = tuple(None if math.isnan(cell) else cell for cell in cells)
+    if 1 - best > allowed or p50 > (1 + max_slowdown / 100) * (1 + old["iqr"]) * (1 + new["iqr"]):
         return cells, FAIL
-    return cells, WARN if allowed > MAX_TOLERATED_SLOWDOWN else PASS
+    judged = 100 * allowed <= MAX_TOLERATED_SLOWDOWN
+    return cells, PASS if judged or ratio >= 1 - max_slowdown / 100 else WARN
 
 
 # --- The report for publication ---------------------------------------------------------------------------------------
@@ -2496,16 +2522,15 @@ COLUMNS = {"inference": ("shape", "dtype", "min", "max", "mean", "std", "check")
 FACTS = {"environment": {"npu": "device.name", "date": "run.date", "software": "device.software", "host": "device.host",
                          "settings": "device.settings", "variables": "device.environment", "fp32": "device.fp32"},
          "subject": {label: f"model.{label}" for label in ("size", "preprocessing", "weights", "weights_sha256", "inputs_sha256")}}
-NOTES = ("model.fallback", "precision.fewer_bits", "precision.switches", "devices.contention.",  # beginnings of ids
+NOTES = ("model.fallback", "precision.fewer_bits", "precision.switches",  # beginnings of ids
          *(f"throughput.{name}" for name in ("host_bound", "doubtful", "not_steady", "saturated.", "copy", "fastest", "sustained.tenths")))
 
 
 def experiment(log: Log) -> argparse.Namespace:
     """The options of the run. Raises CannotRun if its command is damaged."""
     try:
-        with open(os.devnull, "w") as quiet, contextlib.redirect_stderr(quiet):
-            return parse_arguments(shlex.split(log.texts["run.command"])[1:])
-    except (KeyError, ValueError, SystemExit) as error:
+        return parse_arguments(shlex.split(log.texts["run.command"])[1:])
+    except (KeyError, ValueError, CannotRun, SystemExit) as error:
         raise CannotRun(f"the command in the log {log.name} cannot be read: make a new log") from error
 
 
@@ -2527,7 +2552,7 @@ def report_rows(log: Log) -> dict[str, dict[str, dict[str, str]]]:
         found = {"mode": mode, "batch": batch, "mean_ms": cells.get("mean")}
         rate, mean = float(cells["images/s"]), float(cells.get("mean", 0))  # the rate has two decimals
         found["ms_per_image"] = f"{mean / int(batch) or 1000 / rate:.4g}" if mean or rate else ""
-        if batch == cpu.get("batch") and log.texts["device.name"] != "cpu":
+        if batch == cpu.get("batch") and log.texts["device.name"] != "cpu" and cells["p50"] != "-":
             found["speedup"] = f"{float(cpu['p50_ms']) / float(cells['p50']):.2f}"
         rows["performance"][name] = cells | found
     for section, columns in COLUMNS.items():
@@ -2743,12 +2768,12 @@ class RankResult(NamedTuple):
     """What each rank sends to all others at the end."""
 
     rank: int
-    place: tuple[int, str, str]  # host, device, chip: (0, "npu:1", "Ascend910B4")
+    place: tuple[int, str, str, str]  # host, device, chip, UUID: (0, "npu:1", "Ascend910B4", "")
     eager: np.ndarray  # model(x) of the seeded inputs in float32
     error: float | None  # of model(x) in float32 against float64
     checks: list[tuple[str, str]]  # mark and id
-    alone: dict[str, float]  # row -> images/s while the other devices were idle
-    together: dict[str, float]  # row -> images/s while all devices were busy
+    alone: list[Timing]  # while the other devices were idle
+    together: list[Timing]  # while all devices were busy
 
 
 def devices_stage(
@@ -2764,37 +2789,51 @@ def devices_stage(
         yield Entry(FAIL, "devices.together", explain(error), advice=device_log(context.device))
     yield from (timing_entry(timing, context) for timing in busy if timing.problem == OUT_OF_MEMORY)
     yield from judge_timed_outputs(busy, checked, "together.")
-    alone, together = ({t.name: t.throughput for t in rows if t.total_ms} for rows in (timings, busy))
-    place = ranks.host, str(context.device), chip_name(context.device)
+    alone, together = ([dataclasses.replace(timing, output=None, found=None) for timing in rows if timing.total_ms]
+                       for rows in (timings, busy))  # fmt: skip
+    place = ranks.host, str(context.device), chip_name(context.device), device_uuid(context.device)
     checks = [(entry.mark, entry.id) for entry in report.checks]
     error = checked and checked.errors.get(FLOAT32.name)
     result = RankResult(ranks.rank, place, outputs and outputs.eager, error, checks, alone, together)
     results = ranks.gather("results", result)
     yield from judge_ranks(results, outputs.loaded.references.tolerance() if outputs else None)
+    yield from judge_speeds(results, context)
 
 
 def judge_ranks(results: list[RankResult], tolerance: Tolerance | None) -> Iterator[Entry]:
-    """A row for each device, whether their outputs agree, and what they cost each other in throughput."""
+    """A row for each device, and whether their outputs agree."""
     yield from DEVICES.header()
     for result in results:
         failed, warned = ([id for mark, id in result.checks if mark == wanted] for wanted in (FAIL, WARN))
-        node, device, chip = result.place
+        node, device, chip, _ = result.place
         problem = f"not passed: {', '.join(dict.fromkeys(failed + warned))}"
         advice = f"run it by itself for its whole log, on node {node}: --device {device}"
         mark = FAIL if failed else WARN if warned else PASS
         cells = node, device, len(result.checks), len(failed), len(warned), result.error, chip
         yield DEVICES.entry(mark, f"devices.{result.rank}", *cells, problem=problem, advice=advice)
     yield DEVICES.legend("err_fp64: of model(x) in float32")
+    if uuids := [f"rank {result.rank} {result.place[-1]}" for result in results if result.place[-1]]:
+        yield Entry(FACT, "devices.uuids", ", ".join(uuids))
     if tolerance and all(result.eager is not None for result in results):
         yield judge_agreement(results, tolerance)
-    for row in results[0].together:
-        rates = {r.rank: (r.alone[row], r.together[row]) for r in results if row in r.alone and row in r.together}
-        if rates:
-            alone, together = map(sum, zip(*rates.values()))
-            slowest = min(rates, key=lambda rank: rates[rank][1] / rates[rank][0])
-            text = f"{together:.2f} images/s of all devices together, {together / alone:.2f} of the sum of each by itself"
-            share = rates[slowest][1] / rates[slowest][0]
-            yield Entry(VARIES, f"devices.contention.{row}", f"{text}; lowest: rank {slowest}, {share:.2f}")
+
+
+def judge_speeds(results: list[RankResult], context: Context) -> Iterator[Entry]:
+    """The rows of each device, alone and together with the others, and which devices are slower than the median."""
+    rows, slow = [(result.rank, timing) for result in results for timing in result.alone], []
+    yield from THROUGHPUT.header()
+    yield from (timing_entry(timing, context, f"devices.{rank}") for rank, timing in rows if rank)
+    yield from (timing_entry(timing, context, f"{TOGETHER}{each.rank}") for each in results for timing in each.together)
+    yield THROUGHPUT.legend("together: all devices at once, else one after the other; those of rank 0 are in stage 5")
+    for rank, timing in rows:
+        same = sorted((other for _, other in rows if other.name == timing.name), key=lambda other: other.throughput)
+        median = same[len(same) // 2]  # of two devices the faster one
+        if compare_speed(median.figures, timing.figures, context.options.max_slowdown)[1] == FAIL:
+            slow.append(f"rank {rank}: {timing.name} {timing.throughput:.2f} images/s, median {median.throughput:.2f}")
+    limit = f"the median of the devices by more than {context.options.max_slowdown:g}% and half the spreads"
+    text = "; ".join(slow) or f"no row of at least {FEWEST_BATCHES} batches is below {limit}"
+    advice = "run it by itself; check its temperature, power, clock and PCIe link, and the load of its host"
+    yield Entry(WARN if slow else PASS, "devices.speed", text, advice=advice)
 
 
 def judge_agreement(results: list[RankResult], tolerance: Tolerance) -> Entry:
@@ -3090,6 +3129,13 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 def chip_name(device: torch.device) -> str:
     """The name of the device, "Ascend910B4"; "cpu" for a CPU."""
     return torch.get_device_module(device.type).get_device_name(device) if device.type != "cpu" else "cpu"
+
+
+def device_uuid(device: torch.device) -> str:
+    """What identifies the device whatever its index is; "" if torch or the driver does not have it."""
+    properties = torch.get_device_module(device.type).get_device_properties(device) if device.type != "cpu" else None
+    uuid = str(getattr(properties, "uuid", ""))
+    return uuid if uuid.strip("0-") else ""
 
 
 def accelerator_versions(device: torch.device) -> dict[str, str]:
@@ -3461,6 +3507,8 @@ class Report:
     def abort(self, message: str, status: int) -> None:
         """From a thread: end the process at once, and print what failed so far. No partial log is written."""
         self.lock.acquire()  # not while the log is being written; from here on the main thread prints nothing
+        if sys.stderr is not None and sys.stderr.isatty():  # the cursor may be behind a progress bar
+            print(file=sys.stderr)
         self.failures(None)
         self.caches.close()
         os._exit(self.not_run(message, status))
@@ -3634,6 +3682,10 @@ def end_on_signals(report: Report, ranks: Ranks) -> None:
     receiver, sender = os.pipe()
 
     def wait() -> None:
+        while not select.select([receiver], [], [], HEARTBEAT_SECONDS)[0]:
+            if not report.quiet and sys.stderr is not None and not sys.stderr.isatty():  # a terminal has progress bars
+                seconds = time.perf_counter() - report.started
+                print(f"[{report.stage}] running, {seconds:.0f} s since the start", file=sys.stderr, flush=True)
         number = os.read(receiver, 1)[0]
         if number == signal.SIGTERM and (lost := ranks.check_alive()):  # torchrun ends all ranks because one failed
             report.lock.acquire()
@@ -3684,69 +3736,74 @@ def first_line(error: BaseException) -> str:
 
 # --- The command line -------------------------------------------------------------------------------------------------
 
-def checked_text(pattern: str, what: str, convert: Callable = str) -> Callable[[str], object]:
-    """A type for argparse: a text that matches the pattern, converted."""
-
-    def parse(text: str):
-        if not re.fullmatch(pattern, text, re.ASCII):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
-        return convert(text)
-
-    return parse
-
-
 def make_parser() -> argparse.ArgumentParser:
-    natural, from_1 = checked_text(r"\d{1,18}", "a whole number from 0 on", int), "a whole number from 1 on"
-    positive = checked_text(r"0*[1-9]\d{0,8}", from_1, int)
-    size = checked_text(r"auto|0*[1-9]\d{0,8}", from_1, lambda text: text if text == "auto" else int(text))
-    device = checked_text(r"[a-z]+(:[0-9]{1,4})?", "a device; examples: npu, npu:1, cpu, cuda:0")
-    number = checked_text(r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", "a number from 0 on", float)
-    known = f"{', '.join(mode.name for mode in BASE_MODES)}, each also with +graph (an NPU or CUDA graph) or +compile"
-    mode = checked_text("|".join(map(re.escape, MODES)), f"a mode; modes are {known}")
-    parser = argparse.ArgumentParser(
-        description="Validate a timm model on a Huawei Ascend NPU, and write a log that proves the result.",
-        epilog="exit status: 0 no check failed, 1 a check failed (or warned, with --strict), 2 the run could not be done",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    def usage_error(message: str) -> None:
+        raise CannotRun(message)
+
+    (examples, _, _), (_, _, statuses) = __doc__.partition("\n\nMethod."), __doc__.rpartition("\n\n")
+    parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=examples, epilog=statuses,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.error = usage_error
+    parser.add_argument("--version", action="version", version=f"validate_npu.py {VERSION}")
     what, how, result = (parser.add_argument_group(name).add_argument for name in ("what", "how", "result"))
-    what("--model", default=DEFAULT_MODEL, metavar="NAME", help="timm model")
-    what("--device", default="npu", type=device, help="npu[:i], cpu (a dry run), cuda[:i], ...")
-    what("--weights", default="pretrained", metavar="WHICH", help="pretrained, random, a file or a folder")
-    what("--img-size", default=[], type=positive, nargs="+", metavar="N", help="image size, one number or height and width"
-         " ([]: the model's own)")  # fmt: skip
+    default = "(default: %(default)s)"
+    what("--model", default=DEFAULT_MODEL, metavar="NAME", help=f"timm model {default}")
+    what("--device", default="npu", help="npu[:i], cpu (a dry run), cuda[:i], ... (default: npu:0)")
+    what("--weights", default="pretrained", metavar="WHICH", help=f"pretrained, random, a file or a folder {default}")
+    what("--img-size", default=[], nargs="+", metavar="N", help="one number, or height and width (the model's)")
     what("--image", default=[], nargs="+", metavar="FILE", help="images to validate with: files, folders or patterns")
     what("--rope-bf16", action="store_true", help="round the RoPE periods to bfloat16, as in the original DINOv3")
-    what("--seed", default=0, type=natural, metavar="N", help="seed of the random inputs and weights")
-    how("--batch-sizes", default=DEFAULT_BATCH_SIZES, type=size, nargs="+", metavar="N", help="batch sizes to time, or auto:"
-        " doubled until throughput stops growing")  # fmt: skip
-    how("--modes", default=[], type=mode, nargs="+", metavar="MODE", help=f"modes to validate and to time beside float32: {known}")
-    how("--compile-backend", default="", metavar="NAME", help="of torch.compile, for +compile ('': what is installed)")
-    how("--warmup", default=10, type=natural, metavar="N", help="minimum number of warm-up batches (0: no warm-up)")
-    how("--iters", default=100, type=positive, metavar="N", help="number of timed batches of each size")
-    how("--duration", default=0, type=positive, metavar="SECONDS", help="afterwards run the fastest mode for this many seconds")
-    how("--max-error", default=1e-2, type=number, metavar="X", help="largest relative L2 error of the fastest mode")
-    how("--timeout", default=1800, type=positive, metavar="SECONDS", help="time limit for a stage, or for a timed row")
-    result("--output", default="validation_output.txt", metavar="FILE", help="the log")
+    what("--seed", default=0, type=int, metavar="N", help=f"seed of the random images and weights {default}")
+    sizes = [*map(str, DEFAULT_BATCH_SIZES)]
+    how("--batch-sizes", default=sizes, nargs="+", metavar="N", help="batch sizes to time, or auto: doubled until"
+        f" throughput stops growing (default: {' '.join(sizes)})")  # fmt: skip
+    how("--modes", default=[], nargs="+", metavar="MODE", help="to validate and time in addition to float32:"
+        f" {BASE_NAMES} (amp-: autocast), each also with +graph (an NPU or CUDA graph), +compile")  # fmt: skip
+    how("--compile-backend", default="", metavar="NAME", help="of torch.compile, for +compile (what is installed)")
+    how("--warmup", default=10, type=int, metavar="N", help=f"minimum number of warm-up batches, 0: none {default}")
+    how("--iters", default=100, type=int, metavar="N", help=f"number of timed batches of each size {default}")
+    how("--duration", default=0, type=int, metavar="SECONDS", help="afterwards run the fastest mode for this time")
+    how("--max-error", default=1e-2, type=float, metavar="X", help=f"largest error of the fastest mode {default}")
+    how("--timeout", default=1800, type=int, metavar="SECONDS", help=f"limit for a stage, or for a timed row {default}")
+    result("--output", default="validation_output.txt", metavar="FILE", help=f"the log {default}")
     result("--strict", action="store_true", help="a WARN also ends with exit status 1")
     result("--baseline", metavar="OLD.txt", help="compare with an earlier log; exit status 1 if something became worse")
     result("--compare", nargs=2, metavar=("OLD.txt", "NEW.txt"), help="only compare two logs, without a run")
-    result("--max-slowdown", default=10.0, type=number, metavar="PERCENT", help="slowdown that a comparison tolerates")
-    result("--report", default=[], nargs="+", metavar="LOG", help="only print a section for a model card from logs, in Markdown")
-    result("--language", default="zh", choices=LANGUAGES, help="of that section")
+    result("--max-slowdown", default=10.0, type=float, metavar="PERCENT", help=f"slowdown that is tolerated {default}")
+    result("--report", default=[], nargs="+", metavar="LOG", help="only print a section for a model card, in Markdown")
+    result("--language", default="zh", choices=LANGUAGES, help=f"of that section {default}")
     result("--json", action="store_true", help="print its content as JSON")
     return parser
 
 
+def whole_numbers(option: str, words: list[str]) -> list[int]:
+    """Of "1 4", "1,4" and "256x192". Raises CannotRun if a number is not from 1 on."""
+    parts = [part for word in words for part in re.split("[x,]", word)]
+    if wrong := [part for part in parts if not re.fullmatch(r"0*[1-9]\d{0,8}", part, re.ASCII)]:
+        raise CannotRun(f"{option}: {wrong[0]!r} is not a whole number from 1 on")
+    return [*map(int, parts)]
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = make_parser()
-    options = parser.parse_args(argv)
+    """Raises CannotRun for a usage error."""
+    options = make_parser().parse_args(argv)
+    for name in ("iters", "timeout", "seed", "warmup", "duration", "max_error", "max_slowdown"):
+        least = int(name in ("iters", "timeout"))
+        if not least <= getattr(options, name) < 1e9:
+            raise CannotRun(f"--{name.replace('_', '-')} takes a number from {least} on, below 1e9")
+    if not re.fullmatch(r"[a-z]+(:[0-9]{1,4})?", options.device):
+        raise CannotRun(f"--device: {options.device!r} is not a device; examples: npu, npu:1, cpu, cuda:0")
+    options.img_size = whole_numbers("--img-size", options.img_size)
     if len(options.img_size) > 2:
-        parser.error("--img-size takes one number, or height and width")
-    if "auto" in options.batch_sizes and len(options.batch_sizes) > 1:
-        parser.error("--batch-sizes auto cannot be combined with numbers")
+        raise CannotRun("--img-size takes one number, or height and width")
+    is_auto = options.batch_sizes == ["auto"]
+    options.batch_sizes = [] if is_auto else sorted(set(whole_numbers("--batch-sizes", options.batch_sizes)))
+    for name in (name for name in options.modes if name not in MODES):
+        near = difflib.get_close_matches(re.sub(r"fp|f(?=\d)", "float", name), BASE_NAMES.split(", "), cutoff=0)
+        near = f"near: {', '.join(near)}; modes are {BASE_NAMES} (amp-: autocast), each also with +graph"
+        raise CannotRun(f"--modes: {name!r} is not a mode; {near}")
     if options.json and not options.report:
-        parser.error("--json is for --report: a run writes its log")
-    options.batch_sizes = [] if options.batch_sizes == ["auto"] else sorted(set(options.batch_sizes))
+        raise CannotRun("--json is for --report: a run writes its log")
     return options
 
 
@@ -3804,12 +3861,14 @@ def main(argv: list[str] | None = None) -> int:
         import_packages()
         # A rank may have to wait until each rank before it has timed each row.
         ranks.connect(report, (options.timeout + options.duration) * (1 + ranks.size))
-        ranks.all_or_none("paths", lambda: ranks.rank or check_paths(options))  # only rank 0 writes
-        baseline = ranks.all_or_none("baseline", lambda: Log.read(options.baseline) if options.baseline else None)
+        ranks.all_or_none("paths", lambda: ranks.rank or check_paths(options))
+        read = options.baseline and not ranks.rank  # only rank 0 reads and writes logs
+        baseline = ranks.all_or_none("baseline", lambda: Log.read(options.baseline) if read else None)
         ranks.all_or_none("name", lambda: check_name(options.model))
         device = ranks.all_or_none("device", lambda: find_device(ranks.device_name(options.device)))
-        status = validate(make_context(options, device, ranks, report), report, baseline)
-        ranks.gather("end")  # if one process ends with an error, torchrun ends rank 0, which writes the log
+        context = ranks.all_or_none("modes", lambda: make_context(options, device, ranks, report))
+        # If one process ends with an error, torchrun ends rank 0, which writes the log. Its result is that of all.
+        status = ranks.gather("end", validate(context, report, baseline))[0]
         if report.lost:
             os._exit(status)  # torch_npu waits for the device when Python ends, and it may never answer
         return status
@@ -3818,10 +3877,6 @@ def main(argv: list[str] | None = None) -> int:
         return report.not_run(f"error: {problem}", 2)
     except RanksLost as lost:
         return report.close_without(lost.args[0])
-    except SystemExit as end:  # argparse has printed the error, or the help
-        if end.code:
-            print_line("RESULT: NOT RUN  (exit status 2; an earlier log is unchanged)")
-        raise
     finally:
         report.caches.close()
 

@@ -190,7 +190,7 @@ def rehearsal(shared):
 @pytest.fixture(scope="session")
 def healthy(shared):
     """The default run but for the weights: DINOv3 ViT-S/16, every batch size, on the emulated npu:0."""
-    return shared("healthy", ("--weights", "random", "--warmup", "0", "--iters", "2"))
+    return shared("healthy", ("--weights", "random", "--warmup", "0", "--iters", "5"))
 
 
 # --- the order of tests -----------------------------------------------------------------------------------------------

@@ -65,8 +65,10 @@ struct Fault {
   Trigger when;
 };
 
-struct Duration {
-  double ms = 0, ms_per_row = 0;
+struct KernelTime {
+  std::string op;  // "Addmm", "half:Addmm" or "*"
+  double ms, ms_per_row;
+  int64_t device;  // -1: any
 };
 
 struct Knobs {
@@ -77,7 +79,7 @@ struct Knobs {
   int64_t hf32_from = 0;
   double perturb = 0;
   std::vector<Fault> faults;
-  std::map<std::string, Duration> kernel_time;
+  std::vector<KernelTime> kernel_times;
   Code synchronize_error, init_error, set_device_error;
 };
 

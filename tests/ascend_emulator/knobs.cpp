@@ -114,12 +114,14 @@ class Reader {  // of one knob: every part of its value must be what it should b
     return fault;
   }
 
-  std::pair<std::string, Duration> kernel_time(const std::string& text) const {
-    auto parts = split(text, '=');
+  KernelTime kernel_time(const std::string& text) const {
+    auto options = split(text, ',');
+    auto parts = split(options[0], '=');
     if (parts.size() != 2 || parts[0].empty()) refuse_knob(knob, "'" + text + "' is not OPERATOR=MS[+MS_PER_ROW]");
     auto ms = split(parts[1], '+');
     if (ms.size() > 2) refuse_knob(knob, "'" + text + "' is not OPERATOR=MS[+MS_PER_ROW]");
-    return {parts[0], {number(ms[0], 0), ms.size() == 2 ? number(ms[1], 0) : 0}};
+    auto device = trigger(options, false).device;
+    return {parts[0], number(ms[0], 0), ms.size() == 2 ? number(ms[1], 0) : 0, device};
   }
 
  private:
@@ -158,7 +160,7 @@ Knobs read() {
     else if (name == "GELU") k.gelu = reader.choice(value, {"tanh", "erf", "ibert"});
     else if (name == "PERTURB") k.perturb = reader.number(value, 0);
     else if (name == "FAULT") for (auto& fault : split(value, ';')) k.faults.push_back(reader.fault(fault));
-    else if (name == "KERNEL_TIME") for (auto& time : split(value, ';')) k.kernel_time.insert(reader.kernel_time(time));
+    else if (name == "KERNEL_TIME") for (auto& time : split(value, ';')) k.kernel_times.push_back(reader.kernel_time(time));
     else if (name == "SYNCHRONIZE_ERROR") k.synchronize_error = reader.code(value, true);
     else if (name == "INIT_ERROR") k.init_error = reader.code(value, false);
     else if (name == "SET_DEVICE_ERROR") k.set_device_error = reader.code(value, false);

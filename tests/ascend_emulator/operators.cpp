@@ -206,16 +206,16 @@ static void execute(const aclOpExecutor& kernel, int device) {
   for (const Fault* fault : faults)
     if (rounded_to_hf32 || !fault->when.hf32) spoil(*fault, kernel.output);
 
-  auto& times = knobs().kernel_time;
   bool half = kernel.output.defined() && kernel.output.element_size() == 2;
-  auto time = half ? times.find("half:" + Text(kernel.name)) : times.end();
-  if (time == times.end()) time = times.find(kernel.name);
-  if (time == times.end()) time = times.find("*");
-  if (time == times.end()) return;
+  const KernelTime* time = nullptr;
+  for (const Text& name : {half ? "half:" + Text(kernel.name) : Text(), Text(kernel.name), Text("*")})
+    for (const KernelTime& one : knobs().kernel_times)
+      if (!time && one.op == name && (one.device < 0 || one.device == device)) time = &one;
+  if (!time) return;
   int64_t rows = kernel.output.defined() && kernel.output.dim() ? kernel.output.size(0) : 1;
   std::this_thread::sleep_until(
       start + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double, std::milli>(
-                  time->second.ms + time->second.ms_per_row * rows)));
+                  time->ms + time->ms_per_row * rows)));
 }
 
 static aclnnStatus launch(aclOpExecutor* executor, aclrtStream stream) {
@@ -626,7 +626,7 @@ OPERATOR(Nonzero, (Tensor self, Out out), put(out, at::nonzero(self)))
 static const bool names_are_checked = [] {
   for (auto& fault : knobs().faults)
     if (fault.op != "*" && !names().count(fault.op)) refuse_knob("FAULT", "there is no operator '" + fault.op + "'");
-  for (auto& [op, time] : knobs().kernel_time)
+  for (auto& [op, ms, ms_per_row, device] : knobs().kernel_times)
     if (op != "*" && !names().count(op.starts_with("half:") ? op.substr(5) : op)) refuse_knob("KERNEL_TIME", "there is no operator '" + op + "'");
   return true;
 }();

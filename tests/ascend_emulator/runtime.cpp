@@ -344,6 +344,18 @@ aclError aclGetDeviceCapability(uint32_t, aclDeviceInfo info, int64_t* value) {
   return ACL_SUCCESS;
 }
 
+// The id of the device on the host, whatever ASCEND_RT_VISIBLE_DEVICES makes of it.
+aclError aclrtDeviceGetUuid(int32_t index, aclrtUuid* uuid) {
+  const char* visible = getenv("ASCEND_RT_VISIBLE_DEVICES");
+  memset(uuid->bytes, 0xEE, sizeof uuid->bytes);
+  uuid->bytes[15] = index;
+  for (; visible && index >= 0; --index) {
+    uuid->bytes[15] = atoi(visible);
+    visible = strchr(visible, ',') ? strchr(visible, ',') + 1 : visible;
+  }
+  return ACL_SUCCESS;
+}
+
 aclError aclrtGetDeviceCount(uint32_t* count) {
   *count = knobs().devices;
   return ACL_SUCCESS;

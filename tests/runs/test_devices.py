@@ -29,7 +29,9 @@ def validate(tmp_path):
 
     def validate(cards, *arguments, **knobs):
         env = environment(DEVICES=cards, **knobs) | {"OMP_NUM_THREADS": "1"}
-        return start([*SMALL, *arguments], tmp_path, env, torchrun(cards))
+        each = f'{sys.executable} "$@"; status=$?; echo "rank $RANK ends with $status" >&2; sleep 1; exit $status'
+        launcher = [*torchrun(cards), "--no-python", "bash", "-c", each, "bash"] if "--baseline" in arguments else torchrun(cards)
+        return start([*SMALL, *arguments], tmp_path, env, launcher)
 
     return validate
 
@@ -41,7 +43,13 @@ def test_two_healthy_cards_pass_and_agree(validate):
     assert {done.mark(f"devices.{name}") for name in ("0", "1", "agreement")} == {"PASS"}
     second = done.rows["devices.1"]
     assert (second["device"], second["failed"], second["warned"], second["chip"]) == ("npu:1", "0", "0", "Ascend910B4")
-    assert re.match(r"[\d.]+ images/s of all devices together, ", done.texts["devices.contention.float32.3"])
+    assert {id for id, cells in done.rows.items() if "images/s" in cells} == {
+        *(f"{device}.float32.{batch}" for device in ("throughput", "devices.1") for batch in (1, 3)),
+        *(f"devices.together.{rank}.float32.3" for rank in (0, 1)),
+    }  # fmt: skip
+    uuids = [f"rank {rank} eeeeeeee-eeee-eeee-eeee-eeeeeeeeee0{rank}" for rank in (0, 1)]
+    if "devices.uuids" in done.texts:  # torch_npu has them since 2.10
+        assert done.texts["devices.uuids"] == ", ".join(uuids) and done.texts["device.uuid"] == uuids[0][7:]
     assert done.stdout.count("RESULT: ") == done.stdout.count("[1/5] device") == 1, "one process prints"
 
 
@@ -49,8 +57,55 @@ def test_two_healthy_cards_pass_and_agree(validate):
 def test_each_card_alone_is_faster_where_the_host_is_shared(validate):
     """Kernels of 60 ms that need no CPU: side by side they take no longer, and one after the other they would."""
     done = validate(2, KERNEL_TIME="Convolution=60")
-    share = re.search(r"together, ([\d.]+) of the sum", done.texts["devices.contention.float32.3"])
-    assert 0.75 < float(share[1]) < 1.25
+    for alone, rank in (("throughput", 0), ("devices.1", 1)):
+        rates = [float(done.rows[f"{id}.float32.3"]["images/s"]) for id in (f"devices.together.{rank}", alone)]
+        assert 0.75 < rates[0] / rates[1] < 1.25
+
+
+TIMED = "--batch-sizes", "2", "--iters", "6", "--baseline", "yesterday.txt"
+SLOW_1, SLOW_ALL = "Convolution=200,device=1;Convolution=100", "Convolution=200"
+
+
+@pytest.mark.timing
+@pytest.mark.parametrize(
+    ("devices", "yesterday", "today", "failures"),
+    [
+        (2, "Convolution=100", "Convolution=100", {}),
+        (2, "Convolution=100", SLOW_1, {"comparison.speed": "FAIL", "comparison.outcomes": "FAIL", "devices.speed": "WARN"}),
+        (3, "Convolution=100", SLOW_1, {"comparison.speed": "FAIL", "comparison.outcomes": "FAIL", "devices.speed": "WARN"}),
+        (2, "Convolution=100", SLOW_ALL, {"comparison.speed": "FAIL"}),
+        (2, SLOW_1, SLOW_1, {"devices.speed": "WARN"}),
+    ],
+)
+def test_a_slow_device_is_named_and_every_process_ends_alike(validate, tmp_path, devices, yesterday, today, failures):
+    """Device 1 or all are slower than yesterday, or slower than the others, or both."""
+    first = validate(devices, *TIMED[:4], "--output", "yesterday.txt", KERNEL_TIME=yesterday)
+    assert first.status == 0, first.stdout
+    done = validate(devices, *TIMED, KERNEL_TIME=today)
+    listed = {block.split(":")[0].split()[1]: block for block in done.failures}
+    assert {id: block[:4] for id, block in listed.items()} == failures, done.stdout
+    failed = "FAIL" in failures.values()
+    assert done.result.startswith("RESULT: FAIL" if failed else "RESULT: PASS")
+    statuses = dict(re.findall(r"^rank (\d) ends with (\d)$", done.stderr, re.MULTILINE))
+    assert done.status == failed and statuses == {str(rank): str(int(failed)) for rank in range(devices)}, done.stderr
+    assert "devices.speed" not in failures or "WARN devices.speed: rank 1: float32.2 " in listed["devices.speed"]
+    assert "comparison.speed" not in failures or "devices.1.float32.2: " in listed["comparison.speed"]
+    compared = start(["--compare", "yesterday.txt", "validation_output.txt"], tmp_path)
+    assert compared.status == failed, "the two logs alone say the same"
+
+
+@pytest.mark.timing
+def test_a_warning_of_strict_ends_every_process_alike(validate):
+    done = validate(2, *TIMED[:4], "--strict", KERNEL_TIME=SLOW_1)
+    assert done.status == 1 and done.result.startswith("RESULT: FAIL"), done.stdout
+    assert exit_codes(done.stderr) == {0: 1, 1: 1}
+
+
+def test_only_rank_0_reads_the_baseline(validate):
+    """It may be on the first host only. One process says that it is missing."""
+    done = validate(2, "--baseline", "nowhere.txt")
+    assert done.status == 1 and set(exit_codes(done.stderr)) >= {0} and exit_codes(done.stderr)[0] == 2, done.stderr
+    assert done.text == OLD_LOG and done.errors == ["validate_npu.py: error: the log nowhere.txt cannot be read: No such file or directory"]
 
 
 def test_the_card_that_corrupts_data_is_named(validate):

@@ -47,7 +47,7 @@ def folder(tmp_path):
 def is_refused(done, message):
     assert done.status == 2, done.stdout
     assert len(done.errors) == 1 and message in done.errors[0], done.stderr
-    assert "Traceback" not in done.stderr + done.stdout
+    assert not any(word in done.stderr + done.stdout for word in ("Traceback", "usage:"))
     assert done.stdout.splitlines()[-1] == "RESULT: NOT RUN  (exit status 2; an earlier log is unchanged)"
     assert done.text == OLD_LOG
     assert not (done.path.parent / "pickle-was-run").exists()
@@ -81,20 +81,27 @@ def is_refused(done, message):
         (["--batch-sizes", "0"], "'0' is not a whole number from 1 on"),
         (["--batch-sizes", "1", "-4"], "'-4' is not a whole number from 1 on"),
         (["--batch-sizes", "many"], "'many' is not a whole number from 1 on"),
-        (["--iters", "0"], "'0' is not a whole number from 1 on"),
-        (["--warmup", "1.5"], "'1.5' is not a whole number from 0 on"),
-        (["--seed", "-1"], "'-1' is not a whole number from 0 on"),
-        (["--seed", str(2**63)], "is not a whole number from 0 on"),
+        (["--batch-sizes", "1,,4"], "'' is not a whole number from 1 on"),
+        (["--img-size", "96x-96"], "--img-size: '-96' is not a whole number from 1 on"),
+        (["--iters", "0"], "--iters takes a number from 1 on"),
+        (["--warmup", "1.5"], "argument --warmup: invalid int value: '1.5'"),
+        (["--seed", "-1"], "--seed takes a number from 0 on"),
+        (["--seed", str(2**63)], "--seed takes a number from 0 on, below 1e9"),
         (["--output", "nowhere/log.txt"], "the log cannot be written to the folder of nowhere/log.txt: No such file"),
         (["--output", "/proc/log.txt"], "the log cannot be written to the folder of /proc/log.txt"),
         (["--output", "/dev/full"], "the log cannot be written: /dev/full is not a regular file"),
         (["--output", "folder"], "the log cannot be written: folder is not a regular file"),
-        (["--batch-sizes", "auto", "4"], "--batch-sizes auto cannot be combined with numbers"),
-        (["--max-slowdown", "nan"], "'nan' is not a number from 0 on"),
-        (["--timeout", "0"], "'0' is not a whole number from 1 on"),
-        (["--timeout", "99999999999"], "'99999999999' is not a whole number from 1 on"),
-        (["--max-error", "few"], "'few' is not a number from 0 on"),
-        (["--modes", "amp-float64"], "'amp-float64' is not a mode; modes are float32, hf32, amp-float16,"),
+        (["--batch-sizes", "auto", "4"], "--batch-sizes: 'auto' is not a whole number from 1 on"),
+        (["--max-slowdown", "nan"], "--max-slowdown takes a number from 0 on"),
+        (["--timeout", "0"], "--timeout takes a number from 1 on"),
+        (["--timeout", "99999999999"], "--timeout takes a number from 1 on, below 1e9"),
+        (["--max-error", "few"], "argument --max-error: invalid float value: 'few'"),
+        (["--nonsense"], "unrecognized arguments: --nonsense"),
+        (["--modes", "fp16"], "'fp16' is not a mode; near: float16, bfloat16, amp-float16; modes are float32, "),
+        (["--modes", "amp-bf16"], "'amp-bf16' is not a mode; near: amp-bfloat16, amp-float16, bfloat16; "),
+        (["--modes", "float32+graph"], "--modes float32+graph: a CPU has no graphs to capture"),
+        (["--modes", "float16", "hf32"], "--modes hf32: cpu has no reduced-precision float32"),
+        (["--modes", "amp-float64"], "'amp-float64' is not a mode; near: amp-float16, amp-bfloat16, float16; modes are float32, hf32, "),
         (["--rope-bf16"], "--rope-bf16: this model has no RoPE periods"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -103,7 +110,21 @@ def test_the_message_says_what_to_do(run, folder, arguments, message):
     is_refused(run(*REHEARSAL, *arguments), message)
 
 
-@pytest.mark.parametrize("arguments", [("--model", "no_such_vit"), ("--weights", "nowhere"), ("--image", "nowhere")])
+@pytest.mark.parametrize(
+    ("option", "texts"),
+    [
+        ("--version", [f"validate_npu.py {validate_npu.VERSION}"]),
+        ("--help", ["torchrun --nproc-per-node 8 validate_npu.py ", "\nwhat:\n", "\nhow:\n", "\nresult:\n",
+                    f"(default: {' '.join(map(str, validate_npu.DEFAULT_BATCH_SIZES))})", "Exit status: 0 no check failed, "]),
+    ],
+)  # fmt: skip
+def test_help_and_version_are_printed(tmp_path, option, texts):
+    done = start([option], tmp_path)
+    assert done.status == 0 and not done.stderr and all(text in done.stdout for text in texts), done.stdout
+
+
+@pytest.mark.parametrize("arguments", [("--model", "no_such_vit"), ("--weights", "nowhere"), ("--image", "nowhere"),
+                                       ("--modes", "float32+graph")])  # fmt: skip
 def test_what_can_be_known_at_once_is_refused_before_the_device_is_asked(run, arguments):
     done = run(*REHEARSAL, *arguments)
     assert done.status == 2 and "[1/5]" not in done.stdout, done.stdout
@@ -112,6 +133,10 @@ def test_what_can_be_known_at_once_is_refused_before_the_device_is_asked(run, ar
 def test_numbers_are_taken_as_people_write_them():
     options = validate_npu.parse_arguments("--batch-sizes 8 4 8 1 --max-error 1.".split())
     assert options.batch_sizes == [1, 4, 8] and options.max_error == 1.0
+    assert options.batch_sizes == validate_npu.parse_arguments(["--batch-sizes", "8,4", "1,4"]).batch_sizes
+    sizes = ["256", "192"], ["256x192"], ["256,192"]
+    assert [validate_npu.parse_arguments(["--img-size", *size]).img_size for size in sizes] == [[256, 192]] * 3
+    assert validate_npu.parse_arguments(["--batch-sizes", "auto"]).batch_sizes == []
     assert [validate_npu.parse_arguments(["--max-error", text]).max_error for text in (".5", "1e+1")] == [0.5, 10.0]
 
 

@@ -1,12 +1,17 @@
 """Interruptions and hostile conditions: real signals, a device that hangs, a full disk. The previous log stays."""
 
+import fcntl
 import os
+import pty
 import re
 import resource
+import select
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -179,3 +184,38 @@ def test_names_from_outside_cannot_break_the_log_or_a_message(run, tmp_path):
     assert r"file a\nRESULT: PASS\x1b[31m.pth" in done.text and "\x1b" not in done.text
     missing = run(*REHEARSAL, "--weights", f"not-{name}")
     assert missing.status == 2 and r"not-a\nRESULT: PASS\x1b[31m.pth does not exist" in missing.stderr
+
+
+# --- what a user sees meanwhile ---------------------------------------------------------------------------------------
+
+OFTEN = f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); import validate_npu as v; v.HEARTBEAT_SECONDS = 0.3; sys.exit(v.main())"
+
+
+def test_without_a_terminal_a_line_says_again_and_again_which_stage_is_at_work(tmp_path):
+    done = subprocess.run([sys.executable, "-c", OFTEN, *REHEARSAL], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    stages = re.findall(r"^\[(\w+)\] running, \d+ s since the start$", done.stderr, re.MULTILINE)
+    assert len(stages) > 3 and stages[0] == "start" and set(stages) <= {"start", *v.STAGES}
+    assert "running, " not in done.stdout and "it/s" not in done.stderr, "no bars"
+
+
+def test_on_a_terminal_a_bar_has_a_total_and_a_message_has_its_own_line(tmp_path):
+    """Two batches of warm-up and three that are timed; then a sustained load, which Ctrl-C ends."""
+    terminal, end = pty.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 99, 0, 0))
+    command = [sys.executable, "-c", OFTEN, *REHEARSAL, "--batch-sizes", "1", "--warmup", "2", "--iters", "3", "--duration", "20"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=end, stderr=end)
+    os.close(end)
+    shown = b""
+    try:
+        while process.poll() is None or select.select([terminal], [], [], 0)[0]:
+            shown += os.read(terminal, 65536)
+            if shown.count(b"float32, 1:   0%|") == 2:
+                process.send_signal(signal.SIGINT)
+    except OSError:  # all that was written has been read
+        pass
+    text = shown.decode()
+    assert process.wait() == 128 + signal.SIGINT, text[-2000:]
+    assert re.search(r"float32, 1: .*\| \d+/5 ", text), "the first bar has the warm-up in its total"
+    assert re.search(r"(\r\n|\x1b\[A)validate_npu\.py: interrupted by SIGINT in stage throughput\r\n", text), text[-600:]
+    assert "running, " not in text

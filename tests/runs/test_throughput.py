@@ -131,9 +131,7 @@ def test_the_default_models_family_can_be_captured_although_its_rope_copies_from
     assert done.mark("throughput.outputs.float32+graph") == "PASS"
 
 
-def test_what_the_device_or_the_model_does_not_support_is_a_line(run):
-    on_cpu = run(*REHEARSAL, "--modes", "float32+graph", "hf32")
-    assert on_cpu.status == 0 and on_cpu.mark("precision.float32+graph") == on_cpu.mark("precision.hf32") == "SKIP"
+def test_what_the_model_does_not_support_is_a_line(run):
     done = run(*QUICK, "--batch-sizes", "1", "--model", "test_vit_that_waits", "--modes", "float32+graph")
     assert done.status == 0 and done.mark("throughput.float32+graph.1") == "SKIP", done.stdout
     reason = "error code 107030, it copies between host and device, or waits for the device"

@@ -6,6 +6,7 @@ The stages run for real, with a device copy of the model in which one thing is a
 import contextlib
 import dataclasses
 import math
+import re
 import threading
 import time
 
@@ -592,11 +593,16 @@ def test_what_one_rank_cannot_do_ends_all_with_its_reason(two_ranks, broken):
     assert problems == [f"rank {broken}: no such model"] * 2
 
 
-def rank_result(rank, eager, found=()):
-    rates = {"float32.4": 100.0 * (1 + rank)}
-    half = {row: rate / 2 for row, rate in rates.items()}
-    place = 0, f"npu:{rank}", "Ascend910B4"
-    return v.RankResult(rank, place, np.asarray(eager, np.float32), 1e-6, list(found), rates, half)
+def rank_result(rank, eager, found=(), alone=(), together=()):
+    """alone, together: timings."""
+    place = 0, f"npu:{rank}", "Ascend910B4", f"eeee-0{rank}" if rank else ""
+    return v.RankResult(rank, place, np.asarray(eager, np.float32), 1e-6, list(found), list(alone), list(together))
+
+
+def timed(rate, spread=0.0, batches=8):
+    """A row with batch size 4. spread: iqr over median."""
+    usual, half = 4000 / rate, 4000 / rate * spread / 2
+    return v.Timing(v.FLOAT32, 4, total_ms=(usual - half, usual + half) * (batches // 2), launch_ms=(1.0,) * batches)
 
 
 CORRECT, ROUNDED, INCORRECT = np.ones((2, 8)), np.ones((2, 8)) * (1 + 1e-6), np.ones((2, 8)) * 1.1
@@ -641,14 +647,44 @@ def test_a_device_has_the_outcome_of_the_worst_of_its_checks(outcome):
     assert (shown["failed"], shown["warned"]) == (str(int(outcome == FAIL)), str(int(outcome == WARN)))
 
 
-def test_the_contention_of_devices_is_a_line_for_each_row():
-    results = [rank_result(0, CORRECT), rank_result(1, CORRECT)]
-    results[1].together["float32.4"] = 60.0
-    found = {entry.id: entry for entry in v.judge_ranks(results, LIMIT)}
-    entry = found["devices.contention.float32.4"]
-    assert (entry.mark, entry.text) == (
-        VARIES, "110.00 images/s of all devices together, 0.37 of the sum of each by itself; lowest: rank 1, 0.30"
-    )  # fmt: skip
+def test_the_uuids_of_the_devices_are_listed_if_torch_has_them():
+    entries = {entry.id: entry.text for entry in v.judge_ranks([rank_result(0, CORRECT), rank_result(1, CORRECT)], LIMIT)}
+    assert entries["devices.uuids"] == "rank 1 eeee-01"
+    assert "devices.uuids" not in {entry.id for entry in v.judge_ranks([rank_result(0, CORRECT)], LIMIT)}
+
+
+def test_each_device_has_rows_alone_and_together():
+    """Those of rank 0 alone are in stage 5."""
+    results = [rank_result(0, CORRECT, (), [timed(100)], [timed(50)]), rank_result(1, CORRECT, (), [timed(200)], [timed(60)])]
+    rows = {entry.id: cells(v.THROUGHPUT, entry) for entry in v.judge_speeds(results, new_context()) if entry.mark == VARIES}
+    assert {id: row["images/s"] for id, row in rows.items()} == {
+        "devices.1.float32.4": "200.00", "devices.together.0.float32.4": "50.00", "devices.together.1.float32.4": "60.00"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("rates", "options", "outcome", "problem"),
+    [
+        ([100, 100, 100], {}, PASS, "no row of at least 5 batches is below the median of the devices by more than 10% and"),
+        ([100, 91, 95, 109], {}, PASS, "no row of at least 5 "),
+        ([100, 85], {}, WARN, "rank 1: float32.4 85.00 images/s, median 100.00"),
+        ([85, 100], {}, WARN, "rank 0: float32.4 85.00 "),
+        ([100, 60, 101, 99], {}, WARN, "rank 1: float32.4 60.00 "),
+        ([100, 60, 101, 70, 99, 98], {}, WARN, "rank 1: float32.4 60.00 .*; rank 3: float32.4 70.00 "),
+        ([100, 160, 101], {}, PASS, "no row of at least 5 "),  # faster is not slower
+        ([100, 85, 100], {"max_slowdown": 20}, PASS, "no row of at least 5 batches is below the median of the devices by more than 20%"),
+        ([100, 85, 100], {"spread": 0.2}, PASS, "no row of at least 5 "),
+        ([100, 60, 100], {"spread": 0.2}, WARN, "rank 1: float32.4 60.00 "),
+        ([100, 10, 100], {"batches": 4}, PASS, "no row of at least 5 batches is "),
+        ([], {}, PASS, "no row "),
+    ],
+)  # fmt: skip
+def test_a_device_that_is_slower_than_the_others_is_named(rates, options, outcome, problem):
+    how = {name: value for name, value in options.items() if name != "max_slowdown"}
+    results = [rank_result(rank, CORRECT, (), [timed(rate, **how)]) for rank, rate in enumerate(rates)]
+    context = new_context("--max-slowdown", options.get("max_slowdown", 10))
+    found = checks(v.judge_speeds(results or [rank_result(0, CORRECT)], context))["devices.speed"]
+    assert found.mark == outcome and re.match(problem, found.text), found.text
 
 
 def test_under_torchrun_the_device_is_that_of_the_local_rank(monkeypatch):
@@ -683,11 +719,14 @@ def test_modes_that_differ_have_names_that_differ_and_only_a_compiled_mode_has_o
 
 
 def test_float32_is_always_validated_and_each_mode_once():
-    context = new_context("--modes", "float16", "float16", "float32", "hf32")
+    context = new_context("--modes", "float16", "float16", "float32")
     assert [mode.name for mode in context.modes] == ["float32", "float16"]
-    assert {mode.name: reason for mode, reason in context.unsupported.items()} == {
-        "hf32": "cpu has no reduced-precision float32"
-    }
+
+
+def test_a_mode_that_the_device_does_not_support_is_refused():
+    reasons = r"hf32: cpu has no reduced-precision float32; float16\+graph: a CPU has no graphs to capture"
+    with pytest.raises(v.CannotRun, match=f"^--modes {reasons}$"):
+        new_context("--modes", "float16", "hf32", "float16+graph")
 
 
 def test_weights_are_restored_after_half_precision_and_after_float64():

@@ -162,7 +162,7 @@ def test_shapes_that_differ_are_an_error():
     ],
 )
 def test_the_limit_of_a_row_is_the_one_that_decided_its_outcome(error, outcome, limit, used):
-    row = v.comparison("precision.tokens.float32", differs_by(error), LIMITS, "", v.PRECISION, (0.0, 0.0, 0.0))
+    row = v.comparison("precision.tokens.float32", differs_by(error), LIMITS, row=(v.PRECISION, (0.0, 0.0, 0.0), ()))
     shown = cells(v.PRECISION, row)
     assert (row.mark, shown["limit"], shown["used"]) == (outcome, limit, used)
     sentence = v.comparison("outputs.determinism", differs_by(error), LIMITS)

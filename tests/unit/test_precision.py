@@ -259,16 +259,6 @@ def test_a_mode_that_fails_does_not_end_the_other_modes():
     assert rows("float32") | rows("bfloat16") <= found.keys() and checked.errors.keys() == {"float32", "bfloat16"}
 
 
-def test_modes_that_the_device_does_not_support_are_skipped():
-    context, loaded = after_model_stage("--modes", "hf32", "float16+graph")
-    found, _ = stage_4(context, loaded)
-    assert {id: entry.text for id, entry in found.items() if entry.mark == SKIP} == {
-        "precision.hf32": "cpu has no reduced-precision float32",
-        "precision.float16+graph": "a CPU has no graphs to capture",
-    }
-    assert rows("float32") <= found.keys()
-
-
 @pytest.mark.parametrize("mode", ["float16", "amp-float16", "bfloat16", "amp-bfloat16"])
 @pytest.mark.parametrize(("times", "outcome"), [(1, PASS), (4.5, WARN), (25, FAIL)])
 def test_half_precision_is_judged_by_the_error_of_the_cpu_in_the_same_mode(mode, times, outcome):

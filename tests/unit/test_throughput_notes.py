@@ -27,7 +27,8 @@ HALF = dataclasses.replace(FASTER, mode=v.MODES["float16"])
             "float32 4, float16 4: the device waits",
         ),
         ([FASTER], "host_bound", None),
-        ([SOME_SLOW], "doubtful", "float32 4: iqr over 10%; "),
+        ([SOME_SLOW], "doubtful", "float32 4: iqr over 10% or under 5 batches; "),
+        ([dataclasses.replace(MEASURED, total_ms=(10.0,) * 4)], "doubtful", "float32 4: "),
         ([ONE_SLOW], "doubtful", None),
         ([dataclasses.replace(MEASURED, steady=False)], "not_steady", "float32 4: the latency was not stable to 2%"),
         ([MEASURED], "not_steady", None),
@@ -45,6 +46,13 @@ def test_the_table_is_explained(timings, name, text):
     found = [entry for entry in v.explain_throughput(timings, GPU) if entry.id == f"throughput.{name}"]
     assert all(entry.mark == v.VARIES for entry in found), "what depends on a clock must not appear in a diff"
     assert len(found) == (text is not None) and all(entry.text.startswith(text) for entry in found)
+
+
+@pytest.mark.parametrize(("batches", "percentile", "iqr"), [(1, "-", "-"), (4, "-", "-"), (5, "10", "0.0%")])
+def test_a_row_with_few_batches_has_no_percentiles(batches, percentile, iqr):
+    entry = v.timing_entry(dataclasses.replace(MEASURED, total_ms=(10.0,) * batches), new_context())
+    row = cells(v.THROUGHPUT, entry)
+    assert row == {"images/s": "400.00", **dict.fromkeys(("p50", "p90", "p95", "p99"), percentile), "iqr": iqr}
 
 
 def fastest(timings, errors, *arguments):

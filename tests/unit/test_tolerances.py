@@ -109,7 +109,8 @@ def grown(before, after):
 
 
 def speed_with_large_spreads():
-    return v.compare_speed(*[{"images/s": 100.0, "p50": 10.0, "p90": 10.0, "iqr": 95.0}] * 2, max_slowdown=10.0)[1]
+    old, new = ({"images/s": 1000 / ms, "p50": ms, "p90": ms, "iqr": 0.95} for ms in (10.0, 20.0))
+    return v.compare_speed(old, new, max_slowdown=10.0)[1]
 
 
 def steady():
@@ -132,7 +133,7 @@ def sustained(monkeypatch):
     return marks(v.sustained_load(context, v.Outputs(loaded, None), timing, None))["throughput.sustained"]
 
 
-TIMING = v.Timing(v.FLOAT32, 4, launch_ms=(9.0,) * 4, total_ms=(8.0, 9.0, 11.0, 12.0))
+TIMING = v.Timing(v.FLOAT32, 4, launch_ms=(9.0,) * 5, total_ms=(8.0, 9.0, 10.0, 11.0, 12.0))
 # limit -> case, its outcome, and its outcome with a limit that is 100 times larger
 CASES = {
     "UNIT float32": (lambda: product("float32", 2e-3), FAIL, PASS),
