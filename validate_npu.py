@@ -602,9 +602,9 @@ def unreachable_hub() -> str:
 
 
 def check_hub(name: str) -> Exception | None:
-    """Ask the hub for the file that timm asks for first. The error that it gives is the cause that a user can remove.
+    """Request the metadata of the file that timm loads first. The error that it gives is the cause that a user can remove.
 
-    After an error only the hub's cache is used, because its client would retry for minutes, and ask for other files.
+    After an error only the hub's cache is used, because its client would retry for minutes, and request other files.
     """
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, utils
 
@@ -622,7 +622,7 @@ def check_hub(name: str) -> Exception | None:
             if found.commit_hash and found.etag:
                 return None
             refused = ValueError(f"{constants.ENDPOINT} does not send X-Repo-Commit and ETag, the headers of a hub")
-        except utils.EntryNotFoundError:  # timm asks for other names, too
+        except utils.EntryNotFoundError:  # timm tries other names, too
             return None
         except Exception as error:  # of requests, or of httpx from huggingface_hub 1.0 on
             refused = error
@@ -1901,7 +1901,7 @@ def time_batches(
     """Warm up, and time batches, each synchronized. Each timed output is compared while no clock runs.
 
     forward: the model in this mode. inputs: (B, C, H, W) on the device. reference: the expected outputs. seconds: of
-    timing, without a warm-up; 0: as the options say.
+    timing, without a warm-up; 0: as in the options.
     """
     from tqdm import tqdm
 
@@ -2080,7 +2080,7 @@ def captured(forward: Callable, inputs: torch.Tensor, device: torch.device) -> C
         module.set_stream(current)  # torch_npu leaves the stream of the capture
         if is_out_of_memory(error):
             raise
-        cause = error.__context__ or error  # that the capture is invalid says less than what made it so
+        cause = error.__context__ or error  # the cause of an invalid capture is the earlier error
         raise CannotCapture(f"the forward pass cannot be captured: {explain(cause)}") from error
 
     def replay(inputs):
@@ -3174,7 +3174,7 @@ def settings(device: torch.device) -> Iterator[str]:
 
 
 def internal_formats() -> bool | None:
-    """Internal formats, which are other kernels for convolutions, are allowed. None if torch_npu does not tell."""
+    """Internal formats, which are other kernels for convolutions, are allowed. None if torch_npu has no such option."""
     with contextlib.suppress(Exception):  # there is no public function
         return sys.modules["torch_npu"]._C._npu_getOption("ALLOW_INTERNAL_FORMAT") == b"enable"
     return None
@@ -3401,7 +3401,7 @@ class Entry(NamedTuple):
     details: tuple[str, ...] = ()  # more lines for that list
     advice: str = ""  # the next step
     numeric: bool = False  # one incorrect value makes many of these fail: only the first has a block of its own
-    unjudged: bool = False  # the outcome says nothing about the device
+    unjudged: bool = False  # the outcome is no claim about the device
     width: int = 20  # columns of the id
 
     @property

@@ -76,7 +76,7 @@ class Run:
 
     @property
     def errors(self):
-        """The lines on stderr that say why a run was not done."""
+        """The lines on stderr with the reason why a run was not done."""
         return [line for line in self.stderr.splitlines() if line.startswith("validate_npu.py: ")]
 
     @property

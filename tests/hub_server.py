@@ -1,6 +1,6 @@
 """A model hub on loopback: the part of huggingface.co's protocol that hf_hub_download speaks, for one repository.
 
-The client asks HEAD /REPOSITORY/resolve/main/FILE for the commit, the ETag (the file's SHA-256) and the length, then
+The client requests HEAD /REPOSITORY/resolve/main/FILE for the commit, the ETag (the file's SHA-256) and the length, then
 GETs the same address, or goes on with a Range of it. Errors name their kind in X-Error-Code. `behaviour` chooses what
 goes wrong.
 """
@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
-REFUSALS = {"forbidden": 403, "blocked": 451, "limited": 429, "broken": 500}  # by whoever is asked, for whatever
+REFUSALS = {"forbidden": 403, "blocked": 451, "limited": 429, "broken": 500}  # for each request
 
 
 class HubServer(ThreadingHTTPServer):

@@ -1,7 +1,7 @@
 """Runs a sample of the tests with another torch_npu: python tests/one_version.py 2.9.0 [FOLDER]
 
 Makes a virtual environment in FOLDER (7 GB, some minutes; it is kept), and runs SAMPLE in it. Public torch is a CUDA build,
-next to which torch_npu refuses to be imported. It asks torch._C._get_accelerator(), and nothing else: here the answer is the
+next to which torch_npu refuses to be imported. It calls torch._C._get_accelerator(), and nothing else: here the answer is the
 CPU, and no GPU is visible, so that torch computes as the CPU build does.
 """
 

@@ -1,7 +1,7 @@
-"""What other scripts would say about the NPU: `card met` or `card not met`, and the same for `same`, on stdout.
+"""The outcome of the checks of other scripts: `max_abs passed` or `max_abs failed`, and the same for `same`, on stdout.
 
-card   max abs error < 1e-2 against the CPU, as in the log of a published adaptation of the default model
-same   torch._dynamo.utils.same with an fp64 reference, and the tolerance of PyTorch's own benchmarks of timm models
+max_abs  max abs error < 1e-2 against the CPU, as in the log of a published adaptation of the default model
+same     torch._dynamo.utils.same with an fp64 reference, and the tolerance of PyTorch's own benchmarks of timm models
 
 The model and the images are those of stage 4: `other_checks.py --model NAME --weights random`.
 """
@@ -27,14 +27,14 @@ model, _ = v.load_model(options)
 images = v.draw_inputs(4, v.timm.data.resolve_model_data_config(model)["input_size"], options.seed)
 with torch.no_grad():
     exact = copy.deepcopy(model).double()(images.double())
-    right = model(images)
+    reference = model(images)
     try:
         found = model.to(device)(images.to(device)).cpu()
     except RuntimeError:  # a device that fails is noticed by any script
-        found = torch.full_like(right, torch.nan)
-met = {
-    "card": bool((found - right).abs().max() < 1e-2),
-    "same": same(right, found, fp64_ref=exact, tol=1e-3, log_error=lambda *_: None),
+        found = torch.full_like(reference, torch.nan)
+passed = {
+    "max_abs": bool((found - reference).abs().max() < 1e-2),
+    "same": same(reference, found, fp64_ref=exact, tol=1e-3, log_error=lambda *_: None),
 }
-for name, outcome in met.items():
-    print(name, "met" if outcome else "not met")
+for name, outcome in passed.items():
+    print(name, "passed" if outcome else "failed")

@@ -1,4 +1,4 @@
-"""Runs the script that its arguments name, and says on stderr how much memory the process had at most."""
+"""Runs the script that its arguments name, and prints the peak memory of the process on stderr."""
 
 import atexit
 import resource
@@ -8,9 +8,9 @@ import sys
 del sys.argv[0]
 
 
-def tell():
+def print_peak():
     print(f"peak_memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB", file=sys.stderr)
 
 
-atexit.register(tell)
+atexit.register(print_peak)
 runpy.run_path(sys.argv[0], run_name="__main__")

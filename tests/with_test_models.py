@@ -14,7 +14,7 @@ test_vit_that_gets_slower      waits 2 ms more after each 10 forward passes
 test_vit_wrong_in_half         is 1 % off on an NPU, where its inputs are in half precision
 test_vit_that_keeps_a_bias     as LeViT in timm 1.0.20: in the type that its weights had, until it is trained
 test_swin              small, with windows of 4 x 4 tokens
-test_encoder           has no head: forward_head says so, as that of qwen3_vit_88m_enc does
+test_encoder           has no head: forward_head raises NotImplementedError, as that of qwen3_vit_88m_enc does
 test_vit_with_bessel   uses an operator that torch_npu has no kernel for, so that torch_npu would compute it on the CPU
 
 TEST_BACKENDS=1 registers two backends of torch.compile: "scaled" computes outputs 1 % too large, "sleeping" never ends.

@@ -4,7 +4,7 @@ import os
 
 from .build import installed
 
-MARK = "ascend_emulator: the NPU of this run is emulated on the CPU; its numbers and times say nothing about an Ascend"
+MARK = "ascend_emulator: the NPU of this run is emulated on the CPU; its numbers and times are not those of an Ascend"
 
 
 def environment(**knobs):

@@ -1,4 +1,4 @@
-"""The emulated NPU computes what the CPU computes, runs asynchronously, and fails as it is told to.
+"""The emulated NPU computes what the CPU computes, runs asynchronously, and fails as the knobs set.
 
 Each program below runs in a process of its own, and prints what it found as one line of JSON. Most are forked from one
 that has imported torch; those in LAUNCHED are started by the launcher.
@@ -384,7 +384,7 @@ probe("BatchMatMul", torch.bmm(input.flatten(0, 1), one.expand(6, 8, 8)))
 probe("Baddbmm", torch.baddbmm(zero, input.flatten(0, 1), one.expand(6, 8, 8)))
 probe("FlashAttentionScore", F.scaled_dot_product_attention(input, input, input), attended)
 probe("gelu", F.gelu(input), forms)
-probe("gelu asked for tanh", F.gelu(input, approximate="tanh"), forms)
+probe("gelu with tanh", F.gelu(input, approximate="tanh"), forms)
 torch.npu.conv.allow_hf32, torch.npu.matmul.allow_hf32 = False, True
 probe("dense without HF32", F.conv2d(input, dense, padding=1))
 probe("Mm with HF32", torch.mm(input.flatten(0, 2), one))
@@ -511,18 +511,18 @@ PRODUCTS = ("Addmm", "Matmul", "Mm", "BatchMatMul", "Baddbmm", "FlashAttentionSc
 AS_DOCUMENTED = {
     **dict.fromkeys(CONVOLUTIONS, HF32), "dense without HF32": FLOAT32,
     **dict.fromkeys(PRODUCTS, FLOAT32), "Mm with HF32": HF32,
-    "gelu": "tanh", "gelu asked for tanh": "tanh",
+    "gelu": "tanh", "gelu with tanh": "tanh",
 }  # fmt: skip
 VARIANTS = {  # name: (knobs, other variables, what is unlike the documented device)
     "as documented": ({}, {}, {}),
     "10 bits, erf": (
         {"HF32_BITS": "10", "GELU": "erf"}, {},
-        {**dict.fromkeys([*CONVOLUTIONS, "Mm with HF32"], "10 nearest"), "gelu": "erf", "gelu asked for tanh": "erf"},
+        {**dict.fromkeys([*CONVOLUTIONS, "Mm with HF32"], "10 nearest"), "gelu": "erf", "gelu with tanh": "erf"},
     ),
     "truncated, depthwise only, ibert": (
         {"HF32_ROUNDING": "truncate", "HF32_ONLY": "depthwise", "GELU": "ibert"}, {},
         {**dict.fromkeys(["dense", "dense, 4 images", "pointwise"], FLOAT32),
-         **dict.fromkeys(["depthwise", "Mm with HF32"], "11 truncate"), "gelu": "ibert", "gelu asked for tanh": "ibert"},
+         **dict.fromkeys(["depthwise", "Mm with HF32"], "11 truncate"), "gelu": "ibert", "gelu with tanh": "ibert"},
     ),
     "10 bits truncated, pointwise only": (
         {"HF32_BITS": "10", "HF32_ROUNDING": "truncate", "HF32_ONLY": "pointwise"}, {},
@@ -531,7 +531,7 @@ VARIANTS = {  # name: (knobs, other variables, what is unlike the documented dev
     ),
     "dense only, GeluV2": (
         {"HF32_ONLY": "dense", "GELU": "ibert"}, COMPATIBLE,
-        {"pointwise": FLOAT32, "depthwise": FLOAT32, "gelu": "erf", "gelu asked for tanh": "tanh"},
+        {"pointwise": FLOAT32, "depthwise": FLOAT32, "gelu": "erf", "gelu with tanh": "tanh"},
     ),
     "ties to even": ({"HF32_ROUNDING": "even"}, {}, dict.fromkeys([*CONVOLUTIONS, "Mm with HF32"], "11 even")),
     "ties by the batch": (  # to even below 4 images, in convolutions only
@@ -587,7 +587,7 @@ def launch(*command, **variables):
 def results(fork, tmp_path_factory):
     """results(name): what a program gave, its process, what it found and the operators that it used.
 
-    Each runs once, when it is first asked for, in whatever process the tests are.
+    Each runs once, when it is first needed, in whatever process the tests are.
     """
     folder = tmp_path_factory.getbasetemp()
     folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "emulated"

@@ -1,4 +1,4 @@
-"""Several cards under torchrun, on an emulated host: one log, a card that differs or drops out is named."""
+"""Several devices under torchrun, on an emulated host: one log, a device that differs or drops out is named."""
 
 import os
 import re
@@ -18,25 +18,25 @@ from safetensors.torch import save
 import validate_npu as v
 
 
-def torchrun(cards):
-    return ["-m", "torch.distributed.run", "--nproc-per-node", cards]
+def torchrun(devices):
+    return ["-m", "torch.distributed.run", "--nproc-per-node", devices]
 
 
 @pytest.fixture
 def validate(tmp_path):
-    """validate(2, "--timeout", "30", FAULT=...): the script on so many emulated cards."""
+    """validate(2, "--timeout", "30", FAULT=...): the script on so many emulated devices."""
     (tmp_path / "validation_output.txt").write_text(OLD_LOG)
 
-    def validate(cards, *arguments, **knobs):
-        env = environment(DEVICES=cards, **knobs) | {"OMP_NUM_THREADS": "1"}
+    def validate(devices, *arguments, **knobs):
+        env = environment(DEVICES=devices, **knobs) | {"OMP_NUM_THREADS": "1"}
         each = f'{sys.executable} "$@"; status=$?; echo "rank $RANK ends with $status" >&2; sleep 1; exit $status'
-        launcher = [*torchrun(cards), "--no-python", "bash", "-c", each, "bash"] if "--baseline" in arguments else torchrun(cards)
+        launcher = [*torchrun(devices), "--no-python", "bash", "-c", each, "bash"] if "--baseline" in arguments else torchrun(devices)
         return start([*SMALL, *arguments], tmp_path, env, launcher)
 
     return validate
 
 
-def test_two_healthy_cards_pass_and_agree(validate):
+def test_two_healthy_devices_pass_and_agree(validate):
     done = validate(2)
     assert done.clean, done.stdout + done.stderr
     assert done.text.startswith(f"validate_npu {v.VERSION}: test_vit on npu:0 and 1 more device\n")
@@ -54,7 +54,7 @@ def test_two_healthy_cards_pass_and_agree(validate):
 
 
 @pytest.mark.timing
-def test_each_card_alone_is_faster_where_the_host_is_shared(validate):
+def test_each_device_alone_is_faster_where_the_host_is_shared(validate):
     """Kernels of 60 ms that need no CPU: side by side they take no longer, and one after the other they would."""
     done = validate(2, KERNEL_TIME="Convolution=60")
     for alone, rank in (("throughput", 0), ("devices.1", 1)):
@@ -91,7 +91,7 @@ def test_a_slow_device_is_named_and_every_process_ends_alike(validate, tmp_path,
     assert "devices.speed" not in failures or "WARN devices.speed: rank 1: float32.2 " in listed["devices.speed"]
     assert "comparison.speed" not in failures or "devices.1.float32.2: " in listed["comparison.speed"]
     compared = start(["--compare", "yesterday.txt", "validation_output.txt"], tmp_path)
-    assert compared.status == failed, "the two logs alone say the same"
+    assert compared.status == failed, "a comparison of the two logs has the same outcome"
 
 
 @pytest.mark.timing
@@ -102,13 +102,13 @@ def test_a_warning_of_strict_ends_every_process_alike(validate):
 
 
 def test_only_rank_0_reads_the_baseline(validate):
-    """It may be on the first host only. One process says that it is missing."""
+    """It may be on the first host only. One process names it."""
     done = validate(2, "--baseline", "nowhere.txt")
     assert done.status == 1 and set(exit_codes(done.stderr)) >= {0} and exit_codes(done.stderr)[0] == 2, done.stderr
     assert done.text == OLD_LOG and done.errors == ["validate_npu.py: error: the log nowhere.txt cannot be read: No such file or directory"]
 
 
-def test_the_card_that_corrupts_data_is_named(validate):
+def test_the_device_that_corrupts_data_is_named(validate):
     done = validate(3, FAULT="Addmm:scale=1.01,device=1")
     assert done.status == 1, done.stdout
     assert [done.mark(f"devices.{rank}") for rank in range(3)] == ["PASS", "FAIL", "PASS"]
@@ -119,8 +119,8 @@ def test_the_card_that_corrupts_data_is_named(validate):
     assert exit_codes(done.stderr) and set(exit_codes(done.stderr).values()) == {1}
 
 
-def test_a_card_that_does_not_start_ends_the_run_on_all(validate):
-    """And one process says so, before torchrun ends it because another has ended."""
+def test_a_device_that_does_not_start_ends_the_run_on_all(validate):
+    """And one process prints it, before torchrun ends it because another has ended."""
     done = validate(2, SET_DEVICE_ERROR="507033,device=1")
     assert done.status == 1 and 2 in exit_codes(done.stderr).values(), done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("validate_npu.py: ")]
@@ -128,14 +128,14 @@ def test_a_card_that_does_not_start_ends_the_run_on_all(validate):
     assert done.text == OLD_LOG
 
 
-def test_a_card_that_cannot_run_the_model_is_named(validate):
+def test_a_device_that_cannot_run_the_model_is_named(validate):
     done = validate(2, FAULT="LayerNorm:error=507015,device=1")
     assert done.status == 1
     assert any(line.startswith("FAIL devices.1: the model does not run on it") for line in done.failures), done.stdout
 
 
 @pytest.mark.timing
-def test_a_card_that_hangs_is_named_in_the_log(validate):
+def test_a_device_that_hangs_is_named_in_the_log(validate):
     start = time.monotonic()
     done = validate(2, "--timeout", "30", FAULT="Addmm:hang,from=60,device=1")
     assert time.monotonic() - start < 120
@@ -228,7 +228,7 @@ def test_a_rank_that_waits_for_a_late_one_is_not_ended_by_its_own_timeout(valida
     assert done.clean, done.stdout + done.stderr
 
 
-def test_cards_of_two_hosts_are_told_apart(tmp_path):
+def test_devices_of_two_hosts_are_distinguished(tmp_path):
     """Two torchruns on one machine stand for two hosts, each with an npu:0."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -243,7 +243,7 @@ def test_cards_of_two_hosts_are_told_apart(tmp_path):
     assert [(host.communicate(timeout=200), host.returncode)[1] for host in hosts] == [0, 0]
     log = (tmp_path / "0" / "validation_output.txt").read_text()
     assert re.search(r"^PASS devices\.0 +0 npu:0 .*\nPASS devices\.1 +1 npu:0 ", log, re.MULTILINE), log
-    assert not (tmp_path / "1" / "validation_output.txt").exists(), "one log, written by card 0"
+    assert not (tmp_path / "1" / "validation_output.txt").exists(), "one log, written by rank 0"
 
 
 def test_weights_are_downloaded_once_per_host(tmp_path):

@@ -1,4 +1,4 @@
-"""Every run that cannot be done: one line that says what is wrong and what to do, exit status 2, the old log kept."""
+"""Every run that cannot be done: one line with what is wrong and what to do, exit status 2, the old log kept."""
 
 import os
 import pickle
@@ -186,7 +186,7 @@ def test_what_needs_no_npu_works_without_the_module_resource(tmp_path, arguments
 
 
 def test_weights_that_may_not_be_read_are_named(tmp_path):
-    """As safetensors saves them, for root only. Their owner, root, gives up the right to read all."""
+    """As safetensors saves them, for root only. Their owner, root, gives up its permission to read all."""
     make_files(tmp_path)
     (tmp_path / "whole.safetensors").chmod(0)
     rights = "-dac_override,-dac_read_search"
@@ -207,7 +207,7 @@ def test_weights_that_may_not_be_read_are_named(tmp_path):
     ids=["no weights", "no baseline", "no image", "another model"],
 )  # fmt: skip
 def test_under_torchrun_every_process_ends_with_the_same_reason(tmp_path, arguments, reason):
-    """At once, whichever of them met it: none waits for another until torchrun ends it."""
+    """At once, whichever of them finds it: none waits for another until torchrun ends it."""
     make_files(tmp_path)
     launch = ["torch.distributed.run", "--nproc-per-node", "2", "--redirects", "3", "--log-dir", "logs", str(SCRIPT)]
     command = [sys.executable, "-m", *launch, *REHEARSAL, *map(str, arguments)]

@@ -1,4 +1,4 @@
-"""Hosts whose torch, torch_npu or CANN is missing, broken or does not match: status 2, and one line that says what to do.
+"""Hosts whose torch, torch_npu or CANN is missing, broken or does not match: status 2, and one line with what to do.
 
 The real torch_npu is imported where its own checks are what fails. Else a package of its name raises what was reported
 from the field, in the place where it does.
@@ -81,7 +81,7 @@ def test_whatever_the_import_of_another_package_raises(tmp_path, package, raises
 
 
 @pytest.mark.parametrize(
-    ("file", "text", "said"),
+    ("file", "text", "message"),
     [
         ("share/info/runtime/version.info", "Version=9.1.0\n", "pip install torch==2.12.0 torch-npu==2.12.0 -r"),
         ("aarch64-linux/ascend_toolkit_install.info", "package_name=x\nversion=9.0.0\n", "torch==2.10.0 torch-npu==2.10.0"),
@@ -90,12 +90,12 @@ def test_whatever_the_import_of_another_package_raises(tmp_path, package, raises
         ("nothing", "", f"pip install {CPU_BUILDS}"),
     ],
 )  # fmt: skip
-def test_the_install_line_is_that_of_the_hosts_cann(tmp_path, monkeypatch, file, text, said):
+def test_the_install_line_is_that_of_the_hosts_cann(tmp_path, monkeypatch, file, text, message):
     path = tmp_path / file
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
     monkeypatch.setenv("ASCEND_HOME_PATH", str(tmp_path))
-    assert said in v.install_command()
+    assert message in v.install_command()
 
 
 @pytest.mark.parametrize("text", ["Version=25.2.0\npackage=driver", "version = 25.2.0", "[x]\nVersion=[25.2.0:x]\n"])

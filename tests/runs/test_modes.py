@@ -1,4 +1,4 @@
-"""Faster modes beside each other: each is validated and timed, and the log says which is fastest within the error."""
+"""Faster modes beside each other: each is validated and timed, and the log names the fastest within the error."""
 
 import re
 

@@ -87,7 +87,7 @@ def test_a_resnet_passes_and_what_it_lacks_is_left_out(run):
         "test_vit4",
         "test_swin",
         "crossvit_9_240",  # its forward_features gives two tensors
-        "xcit_nano_12_p16_224",  # its patch embedding tells no grid
+        "xcit_nano_12_p16_224",  # its patch embedding has no grid_size
         "eva02_tiny_patch14_224",  # its attention calls no Linear of its own
         "levit_128s",  # it keeps attention biases in the type that its weights had
         "lcnet_050",  # with timm's weights, or drawn ones without gain, all images look the same to it

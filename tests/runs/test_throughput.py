@@ -1,4 +1,4 @@
-"""Stage 5: the times are right, what limits them is told, and the search for the best batch size ends."""
+"""Stage 5: the times are correct, what limits them is printed, and the search for the best batch size ends."""
 
 import os
 import re
@@ -167,8 +167,8 @@ def model(images):
     calls[0] = min(calls[0] + 1, 3)
     return images.flatten(1) * calls[0] + 1
 v.captured(model, on_device, device)
-right = (images.flatten(1) * 3 + 1).numpy()
-for reference in (right, right + 1):
+correct = (images.flatten(1) * 3 + 1).numpy()
+for reference in (correct, correct + 1):
     replay = v.captured(model, on_device, device)
     timing = v.time_batches(context, v.MODES['float32+graph'], replay, on_device, reference, 0)
     checked = v.Precision('embedding', {}, {'float32': v.Tolerance(1e-5, 1e-4)}, {}, [])

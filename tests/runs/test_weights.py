@@ -56,7 +56,7 @@ def from_hub(folder, url, *arguments, **env):
 
 
 def test_a_download_and_then_its_cache_with_the_server_gone(tmp_path, files):
-    """The hub fails at first, and is asked again."""
+    """The hub fails at first, and gets a second request."""
     with HubServer(REPOSITORY, files, "flaky") as hub:
         first = from_hub(tmp_path, hub.url)
     assert first.clean, first.stderr
@@ -118,7 +118,7 @@ def test_a_hub_that_does_not_give_the_weights_ends_the_run_in_a_minute(tmp_path,
     assert done.status == 2, done.stdout
     (error,) = done.errors
     assert "error: " in error and message.replace("URL", hub.url) in error, done.stderr
-    assert not any(" /" == request[-2:] for request in hub.requests), "the home page is not asked"
+    assert not any(" /" == request[-2:] for request in hub.requests), "the home page is not requested"
     assert "Traceback" not in done.stderr
     assert done.stdout.splitlines()[-1].startswith("RESULT: NOT RUN")
     assert done.text == OLD_LOG
@@ -249,7 +249,7 @@ def as_type(dtype):
 
 
 @pytest.mark.parametrize(
-    ("write", "path", "said"),
+    ("write", "path", "message"),
     [
         (cloned, "", "file model.safetensors"),
         (sharded, "", "file model.safetensors.index.json"),
@@ -266,19 +266,19 @@ def as_type(dtype):
     ids=["clone", "shards", "index", "model_state_dict", "teacher", "EMA", "training checkpoint", "compiled", "Lightning",
          "DDP of a backbone", "float64"],
 )  # fmt: skip
-def test_weights_are_loaded_as_people_have_them(run, tmp_path, write, path, said):
-    """Whatever was taken or left out is said, and the weights are those of the state dict."""
+def test_weights_are_loaded_as_people_have_them(run, tmp_path, write, path, message):
+    """Whatever was taken or left out is printed, and the weights are those of the state dict."""
     folder = tmp_path / "weights"
     folder.mkdir()
     state = drawn("test_vit").state_dict()
     write(state, folder)
     done = run(*ONE, "--weights", folder / path)
     assert done.clean, done.stdout + done.stderr
-    assert done.texts["model.weights"] == said and weights_of(done) == v.sha256(state)
+    assert done.texts["model.weights"] == message and weights_of(done) == v.sha256(state)
 
 
 @pytest.mark.parametrize(
-    ("write", "said"),
+    ("write", "message"),
     [
         (as_type(torch.float16), "file f.safetensors, from float16"),
         (as_type(torch.bfloat16), "file f.safetensors, from bfloat16"),
@@ -289,12 +289,12 @@ def test_weights_are_loaded_as_people_have_them(run, tmp_path, write, path, said
     ],
     ids=["float16", "bfloat16", "10 classes", "no classifier"],
 )  # fmt: skip
-def test_weights_that_make_another_model_of_it_say_so(run, tmp_path, write, said):
+def test_weights_of_a_variant_of_the_model_are_named(run, tmp_path, write, message):
     write(drawn("test_vit").state_dict(), tmp_path)
     done = run(*ONE, "--weights", next(tmp_path.glob("f.*")))
     assert done.clean, done.stdout + done.stderr
-    assert done.texts["model.weights"] == said
-    assert ("outputs.logits" in done.rows) == (", 0 classes" not in said)
+    assert done.texts["model.weights"] == message
+    assert ("outputs.logits" in done.rows) == (", 0 classes" not in message)
 
 
 def changed(change):
@@ -307,7 +307,7 @@ def changed(change):
 
 
 @pytest.mark.parametrize(
-    ("write", "said"),
+    ("write", "message"),
     [
         (lambda state, path: path.write_text("version https://git-lfs.github.com/spec/v1\n"), "is a Git LFS pointer: run git lfs pull"),
         (lambda state, path: path.write_text("<!doctype html><html>"), "it is a web page: download the file itself"),
@@ -324,11 +324,11 @@ def changed(change):
     ],
     ids=["LFS pointer", "web page", "empty", "NaN", "int8", "fp8", "zeros", "pickled model", "list", "transformers"],
 )  # fmt: skip
-def test_a_file_that_is_no_weights_is_named_for_what_it_is(run, tmp_path, write, said):
+def test_a_file_that_is_no_weights_is_named_for_what_it_is(run, tmp_path, write, message):
     (tmp_path / "validation_output.txt").write_text(OLD_LOG)
     write(drawn("test_vit").state_dict(), tmp_path / "f.pth")
     done = run(*ONE, "--weights", "f.pth")
-    assert done.status == 2 and len(done.errors) == 1 and said in done.errors[0], done.stderr
+    assert done.status == 2 and len(done.errors) == 1 and message in done.errors[0], done.stderr
     assert done.text == OLD_LOG and "Traceback" not in done.stderr
 
 
@@ -351,7 +351,7 @@ CONFIG = {
 
 
 def test_a_model_with_one_class_and_one_channel(run, tmp_path):
-    """Its one logit is no collapsed output, and no top-1; pictures become gray, in the size that is asked for."""
+    """Its one logit is no collapsed output, and no top-1; pictures become gray, in the size of --img-size."""
     config = CONFIG | {"num_classes": 1, "model_args": {"img_size": 160, "in_chans": 1}}
     config["pretrained_cfg"] = config["pretrained_cfg"] | {"input_size": [1, 160, 160], "mean": [0.5], "std": [0.5]}
     (tmp_path / "gray").mkdir()
@@ -396,7 +396,7 @@ def test_models_are_named_as_timm_and_the_hub_name_them(run, tmp_path, name):
 
 
 def test_a_repository_of_the_hub_that_is_not_timms_own(tmp_path, files):
-    """Its config.json says which architecture it is."""
+    """Its config.json has the architecture."""
     with HubServer("somebody/some-model", files | {"config.json": json.dumps(CONFIG).encode()}) as hub:
         done = from_hub(tmp_path, hub.url, "--model", "hf-hub:somebody/some-model")
     assert done.clean, done.stderr

@@ -205,18 +205,18 @@ WRAPPED = {
 @pytest.mark.parametrize("name", WRAPPED)
 def test_weights_are_found_where_most_of_the_names_of_the_model_are(tmp_path, name):
     """Whatever wrapped them. Of several that fit, the average is taken."""
-    wrap, said = WRAPPED[name]
+    wrap, message = WRAPPED[name]
     state = drawn("test_vit")
     torch.save(wrap(state), tmp_path / "f.pth")
     model, source = load(tmp_path / "f.pth")
-    assert source == f"file f.pth{said}" and v.sha256(model.state_dict()) == v.sha256(state)
+    assert source == f"file f.pth{message}" and v.sha256(model.state_dict()) == v.sha256(state)
 
 
 def without_counters(state):
     return {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
 
 
-@pytest.mark.parametrize(("model", "changes", "change", "said"), [
+@pytest.mark.parametrize(("model", "changes", "change", "message"), [
     ("test_dinov3", {"num_classes": 10}, lambda s: s, ", 10 classes, as in the file"),
     ("test_vit", {"num_classes": 10}, lambda s: s, ", 10 classes, as in the file"),
     ("test_vit", {"num_classes": 0}, lambda s: s, ", 0 classes, as in the file"),
@@ -226,17 +226,17 @@ def without_counters(state):
     ("test_swin", {"window_size": 2}, lambda s: s, ", layers.0.blocks.0.attn.relative_position_bias_table and 3 more resampled"
      " from 9x2 to 49x2"),
 ], ids=["a classifier for DINOv3", "other classes", "no classifier", "no num_batches_tracked", "positions", "relative positions"])  # fmt: skip
-def test_what_was_changed_while_loading_is_said(tmp_path, model, changes, change, said):
+def test_what_was_changed_while_loading_is_printed(tmp_path, model, changes, change, message):
     if model == "test_swin":  # its size and windows are fixed, so the same in a file of another window
         state = {key: torch.randn(9, value.shape[1]) if "bias_table" in key else value for key, value in drawn(model).items()}
     else:
         state = drawn(model, **changes)
     torch.save(change(state), tmp_path / "f.pth")
     loaded, source = load(tmp_path / "f.pth", model)
-    assert source == f"file f.pth{said}"
+    assert source == f"file f.pth{message}"
     changed = {key for key, value in loaded.state_dict().items() if not key.endswith("tracked") and
                (value.shape != state[key].shape or not torch.equal(value, state[key]))}  # fmt: skip
-    assert changed == {key for key in state if "resampled" in said and re.search("pos_embed|bias_table", key)}
+    assert changed == {key for key in state if "resampled" in message and re.search("pos_embed|bias_table", key)}
 
 
 def quantised(state):
@@ -248,7 +248,7 @@ def with_lora(state):
     return behind("base_model.model.", wrapped | {"blocks.0.attn.qkv.lora_A.default.weight": torch.ones(4, 64)})
 
 
-@pytest.mark.parametrize(("model", "make", "said"), [
+@pytest.mark.parametrize(("model", "make", "message"), [
     ("test_vit", with_lora, "its LoRA weights are not merged: save the state_dict() after merge_and_unload()"),
     ("test_vit", lambda s: {f"base_model.model.blocks.{i}.lora_A.weight": torch.ones(4, 2) for i in (0, 1)}, "its LoRA weights are not merged"),
     ("test_vit", quantised, "it is quantised: use the checkpoint that it was made from"),
@@ -258,9 +258,9 @@ def with_lora(state):
     ("cait_xxs24_224", lambda s: timm.create_model("cait_xxs24_224", img_size=256).state_dict(),
      "keys 1 of another shape (pos_embed); the file is for images of 256 x 256 (--img-size 256)"),
 ], ids=["LoRA", "an adapter", "dynamic int8", "another model", "a Sequential", "another image size"])  # fmt: skip
-def test_a_checkpoint_that_does_not_fit_is_named_for_what_it_is(tmp_path, model, make, said):
+def test_a_checkpoint_that_does_not_fit_is_named_for_what_it_is(tmp_path, model, make, message):
     torch.save(make(drawn("test_vit")), tmp_path / "f.pth")
-    with pytest.raises(v.CannotRun, match=re.escape(said)):
+    with pytest.raises(v.CannotRun, match=re.escape(message)):
         load(tmp_path / "f.pth", model)
 
 
@@ -284,7 +284,7 @@ def savez(path):
         np.savez(file, cls=np.zeros(4))
 
 
-@pytest.mark.parametrize(("write", "said"), [
+@pytest.mark.parametrize(("write", "message"), [
     (savez, "it is of NumPy or JAX: load it with load_pretrained() of timm, and save the state_dict()"),
     (zipped, "it is a zip archive: unpack it first"),
     (lambda path: torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path), "it is TorchScript: save the model's state_dict()"),
@@ -292,9 +292,9 @@ def savez(path):
     (lambda path: path.write_bytes(b"GGUF\3\0\0\0"), "it is GGUF, of llama.cpp: use the model's safetensors file"),
     (lambda path: path.write_bytes(b"\x89HDF\r\n"), "it is no checkpoint of torch.save"),
 ], ids=["npz", "zip", "TorchScript", "ONNX", "GGUF", "HDF5"])  # fmt: skip
-def test_a_file_of_another_format_is_named_with_the_way_out(tmp_path, write, said):
+def test_a_file_of_another_format_is_named_with_the_way_out(tmp_path, write, message):
     write(tmp_path / "f.pth")
-    with pytest.raises(v.CannotRun, match=re.escape(f"f.pth cannot be read: {said}")):
+    with pytest.raises(v.CannotRun, match=re.escape(f"f.pth cannot be read: {message}")):
         load(tmp_path / "f.pth")
 
 
