@@ -368,7 +368,7 @@ def judge_probe(probe: Probe, context: Context) -> Iterator[Entry]:
         # Compared with the identified precision; if none was identified, with float64.
         advice = f"a plain {kind} is incorrect: check the device with the vendor's tools"
         tolerance = Tolerance(warn * unit[kind], fail * unit[kind])
-        row = PRODUCTS, (), [precision.name if precision else "-"]
+        row = PRODUCTS, {"precision": precision and precision.name}
         yield comparison(f"device.{kind}", found, tolerance, advice, row=row)
     yield PRODUCTS.legend("a large product against the CPU in the precision that was identified, else in float64")
     fewer = [kind for kind, (precision, _) in probe.products.items()
@@ -1006,8 +1006,6 @@ class References(NamedTuple):
     float32: dict[str, np.ndarray]
     errors: dict[str, float]  # e by output: float32 against exact, worst row
     costs: dict[str, float]  # C by output: reduced against expected, worst row
-    seconds: float  # for all passes
-    pass_seconds: float  # for the pass in float32
 
     @property
     def main(self) -> str:
@@ -1042,10 +1040,8 @@ def make_references(
     context: Context, probe: Probe, cpu: torch.nn.Module, maps: FeatureMaps | None, inputs: torch.Tensor
 ) -> References:
     """One pass in float32, and at most three in float64. Raises RuntimeError if no product was intercepted."""
-    started, gelu = time.perf_counter(), probe.gelu
     float32 = forward_outputs(cpu, inputs, maps)
-    pass_seconds = time.perf_counter() - started
-    with emulated_precision(gelu=gelu) as seen:
+    with emulated_precision(gelu=probe.gelu) as seen:
         expected = exact = float64_outputs(cpu, inputs, maps)
     if not seen.products:
         raise RuntimeError("no matmul or convolution of this model was intercepted, so the reference is invalid")
@@ -1053,11 +1049,10 @@ def make_references(
         exact = float64_outputs(cpu, inputs, maps)
     reduced, rounding = expected, probe.rounding(context.documented)
     if rounding.keys() & seen.products:
-        with emulated_precision(rounding, gelu):
+        with emulated_precision(rounding, probe.gelu):
             reduced = float64_outputs(cpu, inputs, maps)
     errors, costs = worst_rows(float32, exact), worst_rows(reduced, expected)
-    seconds = time.perf_counter() - started
-    return References(inputs, exact, expected, reduced, float32, errors, costs, seconds, pass_seconds)
+    return References(inputs, exact, expected, reduced, float32, errors, costs)
 
 
 def float64_outputs(cpu: torch.nn.Module, inputs: torch.Tensor, maps: FeatureMaps | None) -> dict[str, np.ndarray]:
@@ -1139,7 +1134,7 @@ def outputs_stage(context: Context, loaded: Loaded) -> Stage[Outputs]:
             largest = outputs if batch != "images" or not largest else largest
     yield from OUTPUTS.header()
     for name, output in largest.items():
-        yield judge_record(f"outputs.{name}", output, problems[name], found.get(name), references.tolerance(name))
+        yield judge_record(f"outputs.{name}", output, problems[name], found.get(name, []), references.tolerance(name))
     yield OUTPUTS.legend(f"batches: {' '.join(batches)}; min to std: the largest. batch_err: against batch size 1")
     yield judge_determinism(repeats, references.tolerance(), nondeterministic)
     return Outputs(loaded, largest.get(references.main, loaded.first[references.main]))
@@ -1168,21 +1163,18 @@ def output_problems(output: np.ndarray, on_cpu: np.ndarray, batch: str) -> Itera
             yield f"batch {batch}: different images give the same output (relative distance {distance:.1e})"
 
 
-def judge_record(id: str, output: np.ndarray, problems: list[str], found: list[tuple] | None, tolerance: Tolerance) -> Entry:
+def judge_record(id: str, output: np.ndarray, problems: list[str], found: list[tuple], tolerance: Tolerance) -> Entry:
     """A row of the table of outputs. output: of the largest batch. found: differences, and in which batch."""
-    shape, values = f"Bx{shape_text(output.shape[1:])}", np.asarray(output, np.float64)
-    cells = shape, values.min(), values.max(), values.mean(), values.std()
-    entry = OUTPUTS.entry(PASS, id, *cells, None, None, None)
+    cells = {"shape": f"Bx{shape_text(output.shape[1:])}"}
+    cells |= {name: getattr(np.asarray(output, np.float64), name)() for name in ("min", "max", "mean", "std")}
+    entry = OUTPUTS.entry(PASS, id, *cells.values(), None, None, None, numeric=True)
     if found:
         worst, what = max(found, key=lambda pair: pair[0].error)
         advice = "torch.npu.set_deterministic_level(3) makes results independent of the batch size (CANN 9.2 or later)"
-        check = comparison(id, worst, tolerance, advice, what=f"{what} against batch size 1")
-        limit = tolerance.limit(check.mark)
-        row = OUTPUTS.entry(check.mark, id, *cells, worst.error, limit, used_text(worst.error, limit))
-        entry = check._replace(text=row.text, width=row.width)
+        entry = comparison(id, worst, tolerance, advice, f"{what} against batch size 1", (OUTPUTS, cells))
     if problems:
         entry = entry._replace(mark=FAIL, problem="; ".join(problems[:3]), details=())
-    return entry._replace(numeric=True)
+    return entry
 
 
 def judge_determinism(repeats: list[tuple], tolerance: Tolerance, nondeterministic: set[str]) -> Entry:
@@ -1214,7 +1206,6 @@ class Unit(NamedTuple):
     cost: float
     cpu_error: float
     tolerance: Tolerance
-    half: str = ""  # dtype of half precision
 
 
 class Strict(NamedTuple):
@@ -1232,7 +1223,7 @@ class Strict(NamedTuple):
 
 def precision_stage(context: Context, loaded: Loaded) -> Stage[Precision]:
     """The same weights and inputs on the device and on the CPU: each output in each mode, then each module."""
-    started, references, main = time.perf_counter(), loaded.references, loaded.references.main
+    references, main = loaded.references, loaded.references.main
     for mode, reason in context.unsupported.items():
         yield Entry(SKIP, f"precision.{mode.name}", reason)
     with deterministic_algorithms():
@@ -1260,12 +1251,6 @@ def precision_stage(context: Context, loaded: Loaded) -> Stage[Precision]:
             yield from compare_predictions(context, loaded)
         yield from judge_modules(modules)
         yield control
-    seconds = time.perf_counter() - started + references.seconds
-    import resource  # not on Windows
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / GIB
-    passes = f"{seconds:.1f} s with references, {seconds / references.pass_seconds:.1f} x a float32 pass on the CPU"
-    yield Entry(VARIES, "precision.time", f"{passes}; peak {peak:.1f} GiB")
     bad = {}  # the first of each module, which may fail in strict mode and by default
     for module in (module for module in modules if module.mark != PASS):
         limit = module.tolerance.limit(module.mark)
@@ -1273,11 +1258,10 @@ def precision_stage(context: Context, loaded: Loaded) -> Stage[Precision]:
     return Precision(main, errors, tolerances, costs, list(bad.values()))
 
 
-def run_modes(context: Context, loaded: Loaded) -> dict[Mode, dict[str, tuple[np.ndarray, ...]] | str | CannotCapture]:
+def run_modes(context: Context, loaded: Loaded) -> dict[Mode, dict[str, np.ndarray] | str | CannotCapture]:
     """The outputs of the device in each base mode, by name; if a mode raised an error, its description.
 
     A compiled mode has only that of model(x), which stage 5 times; CannotCapture if it cannot be compiled.
-    In float32 also those of the first forward pass, at batch size 1: no batch of stage 3 is a reference for them.
     """
     device, inputs, results = context.device, loaded.references.inputs, {}
     modes = dict.fromkeys(MODES[mode.base] for mode in context.modes)
@@ -1287,18 +1271,15 @@ def run_modes(context: Context, loaded: Loaded) -> dict[Mode, dict[str, tuple[np
             with in_mode(loaded, mode) as model, mode.active(device):
                 if mode.compiled:
                     with forward_pass(context, mode, model, batch) as forward:
-                        outputs = {loaded.references.main: to_host(forward(batch))}
+                        results[mode] = {loaded.references.main: to_host(forward(batch))}
                 else:
-                    outputs = forward_outputs(model, batch, loaded.maps)
-            results[mode] = {name: (output,) for name, output in outputs.items()}
+                    results[mode] = forward_outputs(model, batch, loaded.maps)
         except CannotCapture as problem:
             results[mode] = problem
         except RuntimeError as error:
             if mode == FLOAT32 or not still_works(device):
                 raise
             results[mode] = explain(error)
-    for name, output in loaded.first.items():
-        results[FLOAT32][name] += (output,)
     return results
 
 
@@ -1315,17 +1296,15 @@ def judge_strictness(context: Context, loaded: Loaded, results: dict) -> Strict:
     if isinstance(strict, str):
         return Strict(f"{reduced} cannot be disabled: {strict}")
     if same_bits(strict, results[FLOAT32]):
-        errors = {name: compare(outputs[0], references.expected[name]).max_row for name, outputs in strict.items()}
+        errors = {name: compare(output, references.expected[name]).max_row for name, output in strict.items()}
         within = all(error <= references.tolerance(name).warn for name, error in errors.items())
         if within and any(error > references.tolerance(name, 0.0).warn for name, error in errors.items()):
             return Strict(f"the settings change nothing: float32 is computed in {reduced} with each of them")
     return Strict(again={"float32": {kind: getattr(*switch) for kind, switch in switches.items()}} | again)
 
 
-def judge_mode(
-    context: Context, loaded: Loaded, mode: Mode, outputs: dict | str | CannotCapture, least_fail: float
-) -> Stage[tuple[float | None, Tolerance | None]]:
-    """The rows of one mode. One that fails does not end the others.
+def judge_mode(context: Context, loaded: Loaded, mode: Mode, outputs, least_fail: float) -> Stage[tuple]:
+    """The rows of one mode. One that fails does not end the others. outputs: see run_modes().
 
     Returns the error of model(x), None if a row failed, and the tolerance for timed outputs, None without a reference.
     """
@@ -1342,12 +1321,15 @@ def judge_mode(
         yield PRECISION.note(SKIP, f"precision.{mode.name}", f"no reference, the CPU fails: {first_line(error)}")
         return None, None
     # A compiler may expand GELU in the form that the model requests, although its operator computes another.
-    near = [compare(outputs[main][0], form[main]).max_row for form in (references.expected, references.exact)]
+    near = [compare(outputs[main], form[main]).max_row for form in (references.expected, references.exact)]
     expanded = mode.compiled and near[1] < near[0]
     used = references._replace(expected=references.exact) if expanded else references
-    entries = [judge_output(used, least_fail, name, mode.name, outputs[name], units[name]) for name in outputs]
+    # In float32 also those of the first forward pass, at batch size 1: no batch of stage 3 is a reference for them.
+    parts = [outputs, loaded.first] if mode == FLOAT32 else [outputs]
+    entries = [judge_output(used, least_fail, name, mode, [part[name] for part in parts if name in part], units[name])
+               for name in outputs]  # fmt: skip
     yield from entries
-    error = None if any(entry.mark == FAIL for entry in entries) else compare(outputs[main][0], references.exact[main]).max_row
+    error = None if any(entry.mark == FAIL for entry in entries) else compare(outputs[main], references.exact[main]).max_row
     # Timed outputs are compared with those of stage 3 in float32, which may cost C as well.
     timed = references.tolerance(cost=references.costs[main] + (references.gelu_cost if expanded else 0.0))
     return error, Tolerance(*map(max, units[main].tolerance, timed))
@@ -1361,8 +1343,7 @@ def mode_units(context: Context, loaded: Loaded, mode: Mode) -> dict[str, Unit]:
         with emulated_precision(gelu=loaded.probe.gelu), mode.active(torch.device("cpu")):
             half = forward_outputs(model, references.inputs.to(mode.dtype), loaded.maps)
         errors, (warn, fail) = worst_rows(half, references.expected), TOLERANCES["half"]
-        return {name: Unit(0.0, error, Tolerance(warn * error, fail * error), mode.amp or mode.half)
-                for name, error in errors.items()}  # fmt: skip
+        return {name: Unit(0.0, error, Tolerance(warn * error, fail * error)) for name, error in errors.items()}
     costs = dict.fromkeys(references.costs, 0.0) if mode == STRICT else references.costs
     if mode.hf32:
         with mode.active(context.device):
@@ -1372,19 +1353,18 @@ def mode_units(context: Context, loaded: Loaded, mode: Mode) -> dict[str, Unit]:
     return {name: Unit(cost, references.errors[name], references.tolerance(name, cost)) for name, cost in costs.items()}
 
 
-def judge_output(
-    references: References, least_fail: float, name: str, mode: str, outputs: tuple[np.ndarray, ...], unit: Unit
-) -> Entry:
+def judge_output(references: References, least_fail: float, name: str, mode: Mode, outputs: list, unit: Unit) -> Entry:
     """A row of the table of stage 4. outputs: for all inputs of the references, and for the first at batch size 1."""
     found, worst = max(((compare(output, references.expected[name][: len(output)]), output) for output in outputs),
                        key=lambda pair: pair[0].error)  # fmt: skip
     error, exact = references.errors[name], references.exact[name][: len(worst)]
     tolerance = unit.tolerance._replace(fail=max(unit.tolerance.fail, least_fail))
-    before = compare(worst, exact).max_row, unit.cost, unit.cpu_error
-    what, row = f"batch size {len(worst)}", (PRECISION, before, ())
-    entry = comparison(f"precision.{name}.{mode}", found, tolerance, what=what, row=row)
+    cells = {"err_fp64": compare(worst, exact).max_row, "expected": unit.cost, "cpu_err": unit.cpu_error}
+    id, what = f"precision.{name}.{mode.name}", f"batch size {len(worst)}"
+    entry = comparison(id, found, tolerance, what=what, row=(PRECISION, cells))
     if not math.isfinite(tolerance.fail):
-        problem, advice = f"it overflows in {unit.half or 'float16'} on the CPU as well", "use bfloat16"
+        problem = f"it overflows in {mode.amp or mode.half or 'float16'} on the CPU as well"
+        advice = "use bfloat16"
     elif not math.isfinite(found.error) or error <= MAX_CPU_ERROR and unit.cost <= MAX_EXPECTED_COST:
         return entry
     else:
@@ -1407,14 +1387,13 @@ def in_mode(loaded: Loaded, mode: Mode) -> Iterator[torch.nn.Module]:
 
 def explain_precision(context: Context, loaded: Loaded, results: dict, costs: dict[str, float]) -> Iterator[Entry]:
     """Facts that explain the table: expected costs, the switches, and the figures of published adaptations."""
-    references, main = loaded.references, loaded.references.main
-    device = {name: output for name, (output, *_) in results[FLOAT32].items()}
+    references, main, device = loaded.references, loaded.references.main, results[FLOAT32]
     for name, cost in costs.items():
         yield Entry(FACT, f"precision.cost.{name}", f"{name} costs {main} {cost:.1e}{AVOIDED[name]}")
     if isinstance(strict := results.get(STRICT), dict):
         if same_bits(strict, results[FLOAT32]):
             yield Entry(FACT, "precision.switches", "outputs are bit-identical with and without reduced-precision float32")
-        error = compare(strict[main][0], references.expected[main]).max_row
+        error = compare(strict[main], references.expected[main]).max_row
         if error > references.tolerance(main, 0.0).warn:
             with emulated_precision(dict.fromkeys(PROBES, DOCUMENTED["TF32"]), loaded.probe.gelu):
                 reduced = float64_outputs(loaded.cpu, references.inputs, loaded.maps)
@@ -1609,7 +1588,7 @@ def judge_modules(modules: list[Module]) -> Iterator[Entry]:
         for id, part in parts.items():
             if part:
                 worst = max(part, key=lambda module: module.found.error)
-                row = MODULES, [len(part)], [worst.name]
+                row = MODULES, {"count": len(part), "worst": worst.name}
                 yield comparison(id, worst.found, worst.tolerance, what=worst.name, row=row)
     yield MODULES.legend(f"each by itself on the inputs of the CPU. FAIL above {TOLERANCES['module'].fail:.1e}")
 
@@ -1796,8 +1775,8 @@ def deterministic_algorithms() -> Iterator[set[str]]:
             names |= {match[1] for match in found if match}
 
 
-def same_bits(a: dict[str, tuple[np.ndarray, ...]], b: dict[str, tuple[np.ndarray, ...]]) -> bool:
-    return all(a[name][0].tobytes() == b[name][0].tobytes() for name in a)
+def same_bits(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
+    return all(a[name].tobytes() == b[name].tobytes() for name in a)
 
 
 def reduced_names(documented: dict[str, str]) -> str:
@@ -2300,31 +2279,28 @@ def compare(actual: np.ndarray, reference: np.ndarray) -> Difference:
     )
 
 
-def comparison(
-    id: str, found: Difference, tolerance: Tolerance, advice: str = "", what: str = "", row: tuple = ()
-) -> Entry:
+def comparison(id: str, found: Difference, tolerance: Tolerance, advice="", what="", row: tuple = ()) -> Entry:
     """A check that two arrays are equal: a sentence, or with `row` a row of a table. The details are for a bug report.
 
-    what: which arrays were compared. row: the table, its cells before those of the difference, and its cells after them.
+    what: which arrays were compared. row: the table, and its other cells by column.
     """
     mark = tolerance.mark(found.error)
     limit = tolerance.limit(mark)
-    figures = found.max_row, found.max_elem, limit, used_text(found.error, limit)
-    sentence = f"{f'{what}: ' if what else ''}error {found.error:.1e}, limit {limit:.1e}"
+    used, text = used_text(found.error, limit), f"{f'{what}: ' if what else ''}error {found.error:.1e}"
     place = ", token ".join(map(str, found.row_index))
     nan, inf, reference_nan, reference_inf = found.nonfinite
-    problem = f"{f'{what}: ' if what else ''}error {found.error:.1e} > limit {limit:.1e}"
     details = (
         f"WARN above {tolerance.warn:.1e}, FAIL above {tolerance.fail:.1e}; NaN and Inf: device {nan} and {inf},"
         f" reference {reference_nan} and {reference_inf}",
         f"worst row: image {place}; worst element {found.element_index}: device {found.values[0]:.6g},"
         f" reference {found.values[1]:.6g}",
     )
-    more = {"problem": problem, "details": details, "advice": advice, "numeric": True}
-    if row:
-        table, before, after = row
-        return table.entry(mark, id, *before, *figures, *after, **more)
-    return Entry(mark, id, f"{sentence}, used {figures[3]}", **more)
+    more = {"problem": f"{text} > limit {limit:.1e}", "details": details, "advice": advice, "numeric": True}
+    if not row:
+        return Entry(mark, id, f"{text}, limit {limit:.1e}, used {used}", **more)
+    table, others = row
+    cells = dataclasses.asdict(found) | {"batch_err": found.error, "limit": limit, "used": used} | others
+    return table.entry(mark, id, *(cells[name] for name, _ in table.columns), **more)
 
 
 def used_text(error: float, limit: float) -> str:

@@ -40,7 +40,7 @@ def output(error, e=1e-6, cost=0.0):
     references = after_model_stage()[1].references._replace(errors={"logits": e}, costs={"logits": cost})
     actual = references.expected["logits"] * (1 + error)
     unit = v.Unit(cost, e, references.tolerance())
-    return v.judge_output(references, 0.0, "logits", "float32", (actual,), unit).mark
+    return v.judge_output(references, 0.0, "logits", v.FLOAT32, [actual], unit).mark
 
 
 def output_in_half(share):
@@ -48,7 +48,7 @@ def output_in_half(share):
     context, loaded = after_model_stage("--modes", "float16")
     references, unit = loaded.references, v.mode_units(context, loaded, HALF)["logits"]
     actual = references.expected["logits"] * (1 + share * unit.cpu_error)
-    return v.judge_output(references, 0.0, "logits", "float16", (actual,), unit).mark
+    return v.judge_output(references, 0.0, "logits", HALF, [actual], unit).mark
 
 
 def excess_outside_modules():
