@@ -372,7 +372,7 @@ def judge_probe(probe: Probe, context: Context) -> Iterator[Entry]:
         yield comparison(f"device.{kind}", found, tolerance, advice, row=row)
     yield PRODUCTS.legend("a large product against the CPU in the precision that was identified, else in float64")
     fewer = [kind for kind, (precision, _) in probe.products.items()
-             if precision and precision.bits < BITS[context.documented[kind]]]  # fmt: skip
+             if precision and precision.bits < DOCUMENTED.get(context.documented[kind], EXACT).bits]  # fmt: skip
     if fewer:
         problem = f"{', '.join(fewer)} keeps fewer bits than the settings and the chip's documentation promise"
         yield Entry(WARN, "device.fewer_bits", problem, advice=f"find what sets it: {REDUCED_FP32.get(context.device.type, '')}")
@@ -1259,10 +1259,7 @@ def precision_stage(context: Context, loaded: Loaded) -> Stage[Precision]:
 
 
 def run_modes(context: Context, loaded: Loaded) -> dict[Mode, dict[str, np.ndarray] | str | CannotCapture]:
-    """The outputs of the device in each base mode, by name; if a mode raised an error, its description.
-
-    A compiled mode has only that of model(x), which stage 5 times; CannotCapture if it cannot be compiled.
-    """
+    """The outputs of the device in each base mode, by name, of a compiled mode only model(x); or why there are none."""
     device, inputs, results = context.device, loaded.references.inputs, {}
     modes = dict.fromkeys(MODES[mode.base] for mode in context.modes)
     for mode in [STRICT, *modes] if reduced_names(context.documented) not in ("", "float16") else modes:
@@ -1431,10 +1428,9 @@ def published_figures(references: References, device: dict[str, np.ndarray]) -> 
 
 
 def compare_predictions(context: Context, loaded: Loaded) -> Iterator[Entry]:
-    """Task-level agreement over all images: top-1, or the nearest neighbour for models without a classifier.
+    """The same top-1, or nearest neighbour without a classifier, for each image. Small margins may differ.
 
-    The device may differ from the CPU if the margin on the CPU is smaller than PREDICTION_FACTOR times the error that
-    the documented precision, and float32, cause on the inputs of this stage.
+    They are below PREDICTION_FACTOR times the error that the documented precision, and float32, cause in this stage.
     """
     references, name = loaded.references, loaded.references.main
     readable = load_images(context.options.image, timm.data.resolve_model_data_config(loaded.cpu))
@@ -1506,8 +1502,7 @@ class Module:
 def compare_modules(context: Context, loaded: Loaded, strict: Strict, only: str = "", images: int = MODULE_INPUTS) -> list[Module]:
     """Run each module also on the device, on the inputs that it has on the CPU. In execution order, parts first.
 
-    One forward pass on the CPU with hooks; only figures are kept. Composite modules (attention, MLP, blocks) run as a
-    whole, too: what they compute between their parts is in no other module.
+    Composite modules (attention, MLP, blocks) run as a whole, too: what they compute between parts is in no other module.
     """
     passive = (torch.nn.Identity, torch.nn.Dropout, torch.nn.ModuleList, torch.nn.Sequential, torch.nn.Flatten)
     names = {m: name for name, m in loaded.cpu.named_modules()
@@ -1525,14 +1520,13 @@ def compare_modules(context: Context, loaded: Loaded, strict: Strict, only: str 
         # On the CPU a copy. torch_npu takes no channels_last tensor from the host.
         move = torch.clone if device.type == "cpu" else lambda x: x.contiguous().to(device)
         inputs = [torch.utils._pytree.tree_map_only(torch.Tensor, move, (args, kwargs)) for _ in range(2)]
-        calls.append((on_device(module)(*inputs[0][0], **inputs[0][1]), inputs[1], dict(seen.products)))
+        calls.append((on_device(module)(*inputs[0][0], **inputs[0][1]), inputs[1], seen.products.copy()))
 
     def after(module, args, kwargs, output) -> None:
         actual, (args, kwargs), products = calls.pop()
         record(module, actual, output)
-        kinds = {kind for kind, count in seen.products.items() if count > products.get(kind, 0)}
         for mode, switches in strict.again.items() if not any(module.children()) else ():
-            if any(switches.get(kind) for kind in kinds):
+            if any(switches.get(kind) for kind in seen.products - products):
                 with set_reduced_fp32(device, switches):
                     again = on_device(module)(*args, **kwargs)
                 record(module, again, output, mode)
@@ -1627,16 +1621,11 @@ KNOWN_PRECISIONS = [EXACT, *(Fp32Precision(bits, rounding, "HF32" if bits == 11 
                              for bits in (11, 10) for rounding in ("half away", "half even", "truncated"))]  # fmt: skip
 # Used if a probe does not identify it. Fewer bits cost more, so 10 bits of HF32 are the safe choice.
 DOCUMENTED = {name: Fp32Precision(10, "half even", name) for name in ("HF32", "TF32", "float16")}
-BITS = {"float32": 23, "HF32": 10, "TF32": 10, "float16": 10}  # least mantissa bits by documented precision
 
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """The precision of large products in float32 on the device, and its form of GELU.
-
-    No probe proves the precision of a layer, because libraries select kernels by shape, batch size and layout. This one
-    measures how operands are rounded, if they are.
-    """
+    """The rounding of large products in float32, which need not be that of each layer, and the form of GELU."""
 
     products: dict[str, tuple[Fp32Precision | None, Difference]]  # see identify(), by kind: a key of PROBES
     gelu: dict[str, str]  # the form that is computed by the form that is requested: CANN computes tanh for both
@@ -1688,9 +1677,7 @@ def probe_device(context: Context) -> Probe:
     return Probe(products, forms, float(np.max(errors)))  # NaN if one is
 
 
-def identify(
-    function: Callable, operands: list[torch.Tensor], device: torch.device
-) -> tuple[Fp32Precision | None, Difference]:
+def identify(function: Callable, operands: list, device: torch.device) -> tuple[Fp32Precision | None, Difference]:
     """The precision in which the device computes function(*operands), and the difference from that.
 
     If none of KNOWN_PRECISIONS fits: None, and the difference from float64. The operands are float32, on the CPU.
@@ -1710,18 +1697,15 @@ def identify(
     return None, exact
 
 
-def emulated_precision(
-    rounding: dict[str, Fp32Precision] | None = None, gelu: dict[str, str] | None = None
-) -> contextlib.AbstractContextManager:
+def emulated_precision(rounding: dict[str, Fp32Precision] = {}, gelu: dict[str, str] = {}):
     """A context in which the CPU rounds the operands of products, and computes the form of GELU, as a device does.
 
-    rounding: by kind of product, "convolution" or "matmul" (with attention); other kinds are not rounded. gelu: the
-    form by the requested form. Under inference_mode a dispatch mode sees layers whole and decomposes them (as
-    torch.utils.flop_counter does), so that no product is hidden; decompositions in Python, such as that of interpolation,
-    are not used, because they round differently. The context records the names of all operators, and
-    counts the products by kind and the GELUs that it changed. Tensors on other devices are not changed.
+    rounding: by kind of product, "convolution" or "matmul" (with attention). gelu: the form by the requested form. Under
+    inference_mode a dispatch mode sees layers whole and decomposes them (as torch.utils.flop_counter does), so that no
+    product is hidden; decompositions in Python, such as that of interpolation, round differently, and are not used. It
+    records the names of all operators, and counts the products by kind and the GELUs that it changed.
     """
-    aten, rounding, gelu = torch.ops.aten, rounding or {}, gelu or {}
+    aten = torch.ops.aten
     attention, composite = aten.scaled_dot_product_attention.default, torch._C.DispatchKey.CompositeImplicitAutograd
     first_operand = {aten.mm.default: 0, aten.bmm.default: 0, aten.mv.default: 0, aten.addmm.default: 1,
                      aten.baddbmm.default: 1}  # fmt: skip
@@ -1729,7 +1713,7 @@ def emulated_precision(
     class EmulatedPrecision(torch.utils._python_dispatch.TorchDispatchMode):
         def __init__(self):
             super().__init__()
-            self.names, self.products, self.gelus = set(), {}, 0
+            self.names, self.products, self.gelus = set(), collections.Counter(), 0
 
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             kwargs = dict(kwargs or {})
@@ -1738,12 +1722,12 @@ def emulated_precision(
             on_host = all(x.device.type in ("cpu", "meta") for x in tensors)
             kind = "convolution" if function is aten.convolution.default else "matmul"
             if kind == "convolution" or function in first_operand:
-                self.products[kind] = self.products.get(kind, 0) + 1
+                self.products[kind] += 1
                 first = first_operand.get(function, 0)
                 if on_host and kind in rounding:
                     args = tuple(rounding[kind].round(x) if i in (first, first + 1) else x for i, x in enumerate(args))
             elif function is attention and "matmul" not in rounding:
-                self.products[kind] = self.products.get(kind, 0) + 1  # the fused kernel
+                self.products[kind] += 1  # the fused kernel
             elif function in (aten.gelu.default, aten.gelu_.default):
                 requested = kwargs.get("approximate", "none")
                 if on_host and gelu.get(requested, requested) != requested:
@@ -1835,7 +1819,7 @@ class Timing:
 
 def throughput_stage(context: Context, outputs: Outputs, checked: Precision | None) -> Stage[list[Timing]]:
     """The latency of a batch for each mode and batch size, and that the timed outputs are correct."""
-    timings = []
+    timings, errors = [], checked.errors if checked else {}
     yield from THROUGHPUT.header()
     for timing in time_all(context, outputs, context.options.batch_sizes or None):
         timings.append(timing)
@@ -1854,10 +1838,10 @@ def throughput_stage(context: Context, outputs: Outputs, checked: Precision | No
             yield copy_entry(outputs.loaded.inputs[outputs.rows(timed[-1].batch)], timed[-1].output, context.device)
     yield from explain_throughput(timed, context.device)
     if groups:
-        yield from fastest_modes(context, outputs, groups, checked)
+        yield from fastest_modes(context, outputs.loaded.flops, groups, errors)
         yield from judge_timed_outputs(timings, checked)
     if groups and context.options.duration:
-        best = fastest_within(context, groups, checked) or groups[0][-1]
+        best = fastest_within(context, timed, errors) or groups[0][-1]
         yield from sustained_load(context, outputs, best, checked)
     return timings
 
@@ -1879,13 +1863,11 @@ def time_batches(
 ) -> Timing:
     """Warm up, and time batches, each synchronized. Each timed output is compared while no clock runs.
 
-    forward: the model in this mode. inputs: (B, C, H, W) on the device. reference: the expected outputs. seconds: of
-    timing, without a warm-up; 0: as in the options.
+    inputs: on the device. seconds: of timing, without a warm-up; 0: as in the options.
     """
     from tqdm import tqdm
 
-    device, options = context.device, context.options
-    kind = "cpu" if device.type == "cpu" else "accelerator"
+    device, options, kind = context.device, context.options, "cpu" if context.device.type == "cpu" else "accelerator"
     bar = tqdm(total=options.warmup + options.iters, desc=f"{mode.name}, {len(inputs)}", leave=False, disable=None)
 
     def run_batch() -> tuple[float, float, torch.Tensor]:
@@ -1924,14 +1906,26 @@ def warm_up(run_batch: Callable[[], float], count: int, least: float, most: floa
 
 
 def time_all(context: Context, outputs: Outputs, sizes: list[int] | None) -> Iterator[Timing]:
-    """Each mode with each batch size. sizes None: doubled until throughput stops growing or memory is exhausted."""
+    """Each mode with each batch size. sizes None: doubled until throughput stops growing or memory is exhausted.
+
+    One mode that fails does not end the others.
+    """
     eager = {}  # (base, batch size) -> output of the mode without graph, which the graph must reproduce
     for mode in context.modes:
         previous = None
         for size in sizes or (2**i for i in range(MAX_AUTO_BATCH.bit_length())):
             context.report_progress()
             with in_mode(outputs.loaded, mode):
-                timing = try_to_time(context, outputs, mode, size, eager.get((mode.base, size)))
+                try:
+                    timing = time_size(context, outputs, mode, size, eager.get((mode.base, size)))
+                except CannotCapture as problem:
+                    timing = Timing(mode, size, problem=str(problem), mark=SKIP)
+                except RuntimeError as error:
+                    out_of_memory = is_out_of_memory(error)
+                    if not out_of_memory and (mode == FLOAT32 or not still_works(context.device)):
+                        raise
+                    problem, mark = (OUT_OF_MEMORY, WARN) if out_of_memory else (explain(error), FAIL)
+                    timing = Timing(mode, size, problem=problem, mark=mark)
             eager.setdefault((mode.base, size), timing.output)
             yield timing
             if timing.problem:
@@ -1943,30 +1937,11 @@ def time_all(context: Context, outputs: Outputs, sizes: list[int] | None) -> Ite
     synchronize(context.device)  # an error that is first reported when Python exits would come after the verdict
 
 
-def try_to_time(context: Context, outputs: Outputs, mode: Mode, size: int, eager: np.ndarray | None) -> Timing:
-    """Time one batch size, or return the reason: one mode that fails does not end the others."""
-    try:
-        return time_size(context, outputs, mode, size, eager)
-    except CannotCapture as problem:
-        return Timing(mode, size, problem=str(problem), mark=SKIP)
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            return Timing(mode, size, problem=OUT_OF_MEMORY)
-        if mode == FLOAT32 or not still_works(context.device):
-            raise
-        return Timing(mode, size, problem=explain(error), mark=FAIL)
-
-
-def time_size(
-    context: Context, outputs: Outputs, mode: Mode, size: int, eager: np.ndarray | None = None, seconds: float = 0.0
-) -> Timing:
-    """Time one batch size in a mode that the model is in. eager: expected outputs, default those of stage 3. seconds:
-    see time_batches().
-    """
+def time_size(context: Context, outputs: Outputs, mode: Mode, size: int, eager=None, seconds: float = 0.0) -> Timing:
+    """Time one batch size in a mode that the model is in. eager: expected outputs, default those of stage 3."""
     device, model, rows = context.device, outputs.loaded.device, outputs.rows(size)
     inputs = outputs.loaded.inputs[rows].to(device, mode.dtype)
     reference = outputs.eager[rows] if eager is None else eager
-
     if device.type != "cpu":  # the memory functions of torch.accelerator need torch_npu 2.13
         module = torch.get_device_module(device.type)
         with contextlib.suppress(RuntimeError):  # torch_npu 2.9.0 refuses after a capture that failed
@@ -1980,7 +1955,7 @@ def time_size(
 
 
 class CannotCapture(Exception):
-    """The forward pass cannot be captured as a graph, or compiled. The message has the reason."""
+    """The forward pass cannot be captured as a graph, or compiled, for the reason in the message."""
 
 
 @contextlib.contextmanager
@@ -2039,10 +2014,10 @@ def compiled(context: Context, mode: Mode, model: torch.nn.Module, inputs: torch
 
 
 def captured(forward: Callable, inputs: torch.Tensor, device: torch.device) -> Callable:
-    """Capture forward(inputs) as a graph (NPU or CUDA). The returned function replays it on its argument.
+    """Capture forward(inputs) as a graph. The returned function replays it on its argument. Raises CannotCapture.
 
-    The graph is captured with zeros as input, so a correct output proves that it was replayed. Raises CannotCapture.
-    torch's make_graphed_callables() adds autograd to each call, which costs time in a host-bound measurement.
+    It is captured with zeros as input, so a correct output proves that it was replayed. (make_graphed_callables() of
+    torch adds autograd to each call, which costs time.)
     """
     module = torch.get_device_module(device.type)
     static, side, current = torch.zeros_like(inputs), module.Stream(), module.current_stream()
@@ -2072,19 +2047,13 @@ def captured(forward: Callable, inputs: torch.Tensor, device: torch.device) -> C
 
 @contextlib.contextmanager
 def constant_rope(model: torch.nn.Module) -> Iterator[None]:
-    """Inside, a RoPE table is computed once for each shape.
-
-    timm's DINOv3 copies the coordinates from the host in each forward pass, and no graph can contain such a copy.
-    """
-    ropes = [module for module in model.modules() if hasattr(module, "get_embed")]
-    for rope in ropes:
-        table = functools.cache(rope.get_embed)
-        rope.get_embed = torch.compiler.assume_constant_result(lambda *shape, of=table, **named: of(*shape, **named))
-    try:
+    """Inside, RoPE tables are constants: timm's DINOv3 copies coordinates from the host, which no graph can contain."""
+    with contextlib.ExitStack() as stack:
+        for rope in (module for module in model.modules() if hasattr(module, "get_embed")):
+            table = functools.cache(rope.get_embed)
+            rope.get_embed = torch.compiler.assume_constant_result(lambda *shape, of=table, **named: of(*shape, **named))
+            stack.callback(delattr, rope, "get_embed")
         yield
-    finally:
-        for rope in ropes:
-            del rope.get_embed
 
 
 def by_mode(timings: list[Timing]) -> list[list[Timing]]:
@@ -2147,34 +2116,29 @@ def explain_throughput(timings: list[Timing], device: torch.device) -> Iterator[
         yield Entry(VARIES, "throughput.not_steady", f"{unsteady}: the latency was not stable to {STEADY:.0%}")
 
 
-def fastest_modes(
-    context: Context, outputs: Outputs, groups: list[list[Timing]], checked: Precision | None
-) -> Iterator[Entry]:
-    """The fastest batch size of each mode, and the fastest mode whose error is at most --max-error."""
-    flops, chip = outputs.loaded.flops, chip_name(context.device)
-    peak = next((peak for name, (_, peak) in CHIPS.items() if chip.startswith(name)), None)
-    errors = checked.errors if checked else {}
-    best = [max(group, key=lambda timing: timing.throughput) for group in groups]
-    highest = max(timing.throughput for timing in best)
+def fastest_modes(context: Context, flops: int | None, groups: list, errors: dict[str, float]) -> Iterator[Entry]:
+    """The fastest batch size of each mode, and the fastest mode whose error is at most --max-error. errors: by mode."""
     if len(groups) == 1:
         return
+    chip = chip_name(context.device)
+    peak = next((peak for name, (_, peak) in CHIPS.items() if chip.startswith(name)), None)
+    best = [max(group, key=lambda timing: timing.throughput) for group in groups]
     yield from FASTEST.header()
     for timing in best:
         rate = flops and flops * timing.throughput / 1e12
         share = rate / peak if rate and peak and timing.mode.in_half else None
-        speedup, bar = timing.throughput / best[0].throughput, "#" * round(BAR_WIDTH * timing.throughput / highest)
-        cells = timing.batch, timing.throughput, speedup, errors.get(timing.mode.base), rate, share, bar
+        speedup, error = timing.throughput / best[0].throughput, errors.get(timing.mode.base)
+        cells = timing.batch, timing.throughput, speedup, error, rate, share
         yield FASTEST.entry(VARIES, f"throughput.best.{timing.mode.name}", *cells)
     yield FASTEST.legend("fastest batch size of each mode. share: of the chip's float16 peak")
-    if fastest := fastest_within(context, groups, checked):
+    if fastest := fastest_within(context, sum(groups, []), errors):
         text = f"{fastest.mode.name} at batch size {fastest.batch}, {fastest.throughput / best[0].throughput:.2f} x float32"
         yield Entry(VARIES, "throughput.fastest", f"{text} (error within --max-error {context.options.max_error:g})")
 
 
-def fastest_within(context: Context, groups: list[list[Timing]], checked: Precision | None) -> Timing | None:
+def fastest_within(context: Context, timings: list[Timing], errors: dict[str, float]) -> Timing | None:
     """The fastest mode and batch size whose error is at most --max-error. A mode that failed in stage 4 has no error."""
-    errors = checked.errors if checked else {}
-    accepted = [t for t in sum(groups, []) if errors.get(t.mode.base, math.inf) <= context.options.max_error]
+    accepted = [t for t in timings if errors.get(t.mode.base, math.inf) <= context.options.max_error]
     return max(accepted, key=lambda timing: timing.throughput, default=None)
 
 
@@ -2191,11 +2155,10 @@ def sustained_load(context: Context, outputs: Outputs, best: Timing, checked: Pr
     yield Entry(VARIES, "throughput.sustained.tenths", text)
     slower = 1 - parts[1].throughput / parts[0].throughput
     allowed = max(SUSTAINED_SLOWDOWN, sum(part.iqr for part in parts) / 2)
+    mark, text = PASS, f"no slower after {duration} s"
     if slower > allowed:
-        problem = f"throughput fell by {slower:.0%} in {duration} s, limit {allowed:.0%}"
-        yield Entry(WARN, "throughput.sustained", problem, advice="watch temperature, power and clock with the vendor's tools")
-    else:
-        yield Entry(PASS, "throughput.sustained", f"no slower after {duration} s")
+        mark, text = WARN, f"throughput fell by {slower:.0%} in {duration} s, limit {allowed:.0%}"
+    yield Entry(mark, "throughput.sustained", text, advice="watch temperature, power and clock with the vendor's tools")
     yield from judge_timed_outputs([timing], checked, "sustained.")
 
 
@@ -2241,15 +2204,15 @@ class Difference:
 
 
 def compare(actual: np.ndarray, reference: np.ndarray) -> Difference:
-    """Compare an output with its reference, row by row, in float64.
+    """Compare an output with its reference, both (B, ...), row by row, in float64.
 
-    Both are (B, ...). Rows are the tokens of a (B, N, C) array, else the images. The relative L2 error of a row is
-    ||a - r|| / max(||r||, ROW_NORM_FLOOR * rms of all ||r||), and that of an element |a - r| / max(|r|, the same norm /
-    sqrt(row length)). NaN and Inf on either side make the errors infinite. Raises ValueError if the shapes differ.
+    The relative L2 error of a row is ||a - r|| / max(||r||, ROW_NORM_FLOOR * rms of all ||r||), and that of an element
+    |a - r| / max(|r|, the same norm / sqrt(row length)). NaN and Inf on either side make the errors infinite.
     """
     if actual.shape != reference.shape:
         raise ValueError(f"shapes differ: {actual.shape} on the device, {reference.shape} on the CPU")
     shape, row_axes, tiny = actual.shape, 2 if actual.ndim == 3 else 1, np.finfo(np.float64).tiny
+    position = lambda flat, shape: tuple(map(int, np.unravel_index(flat, shape)))  # noqa: E731
     a, r = (np.asarray(x, np.float64).reshape(math.prod(shape[:row_axes]), -1) for x in (actual, reference))
     delta = a - r
     error, norm_a, norm_r = (np.sqrt(np.einsum("ij,ij->i", x, x)) for x in (delta, a, r))
@@ -2309,10 +2272,6 @@ def used_text(error: float, limit: float) -> str:
         return "0%"
     used = 100 * error / limit if limit else math.inf
     return f"{used:.0f}%" if used < 99999 else f"{used:.0e}%" if math.isfinite(used) else "inf"
-
-
-def position(flat: int, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(map(int, np.unravel_index(flat, shape)))
 
 
 def to_host(output) -> np.ndarray:
@@ -3442,7 +3401,6 @@ THROUGHPUT = Table(34, "images/s:>9.2f", "p50:>7.5g", "p90:>7.5g", "p95:>7.5g", 
                    units=("1/s", "ms", "ms", "ms", "ms", ""))  # fmt: skip
 LATENCY = Table(34, "min:>6.4g", "mean:>6.4g", "max:>6.4g", "launch:>6.4g", "bound:>6", "first_call:>10.0f", "peak:>5.0f",
                 "batches:>7", units=("ms", "ms", "ms", "ms", "", "ms", "MiB", ""))  # fmt: skip
-BAR_WIDTH = 12
 LIMITS_TEXT = (
     "err_fp64: against CPU float64. expected: C. cpu_err: e. max_elem: worst element / 32. WARN above 2 C + 64 e (half"
     " precision: 3 e), FAIL above 4 C + 256 e (6 e)"
@@ -3450,7 +3408,7 @@ LIMITS_TEXT = (
 PUBLISHED = Table(34, "max_abs:>8.1e", "mean_abs:>8.1e", "rel_l2:>8.1e", "nmae:>8.1e", "cosine:>10.7f")
 PROBABILITIES = Table(34, "max_abs:>8.1e", "top1:>5", "inputs:>6")
 CPU_LATENCY = Table(22, "p50_ms:>8.5g", "batch:>5", "threads:>7")
-FASTEST = Table(34, "batch:>5", "images/s:>9.2f", "speedup:>7.2f", "err_fp64:>8.1e", "TFLOP/s:>7.3f", "share:>5.0%", "bar:<1")
+FASTEST = Table(34, "batch:>5", "images/s:>9.2f", "speedup:>7.2f", "err_fp64:>8.1e", "TFLOP/s:>7.3f", "share:>5.0%")
 DEVICES = Table(12, "node:>4", "device:<8", "checks:>6", "failed:>6", "warned:>6", "err_fp64:>8.1e", "chip:<1")
 SPEED = Table(45, "old:>8.2f", "new:>8.2f", "ratio:>5.2f", "old_p50:>7.4g", "new_p50:>7.4g", "allowed:>7.0%")
 
