@@ -1105,14 +1105,14 @@ class Outputs(NamedTuple):
 def outputs_stage(context: Context, loaded: Loaded) -> Stage[Outputs]:
     """Each output of each batch has the shape of the CPU's, is finite, and equals that of batch size 1."""
     references, device = loaded.references, context.device
-    batches = {str(size): loaded.inputs[:size] for size in [1, *context.batch_sizes]}
-    batches |= {} if loaded.images is None else {"images": loaded.images}
     largest, problems, repeats, found = {}, {}, [], {}  # by output; found: in a batch against batch size 1
     with deterministic_algorithms() as nondeterministic:
-        singles = {id(whole): single_image_outputs(loaded, whole, device)
-                   for whole in (loaded.inputs, loaded.images) if whole is not None}  # fmt: skip
-        for batch, inputs in batches.items():
-            single, again = singles[id(loaded.images if batch == "images" else loaded.inputs)], None
+        singles = single_image_outputs(loaded, loaded.inputs, device)
+        batches = {str(size): (loaded.inputs[:size], singles) for size in [1, *context.batch_sizes]}
+        if loaded.images is not None:
+            batches["images"] = loaded.images, single_image_outputs(loaded, loaded.images, device)
+        for batch, (inputs, single) in batches.items():
+            again = None
             try:
                 outputs = forward_outputs(loaded.device, inputs.to(device), loaded.maps)
                 with torch.inference_mode():
@@ -1405,9 +1405,8 @@ def explain_precision(context: Context, loaded: Loaded, results: dict, costs: di
             yield Entry(FACT, f"precision.first_values.{place}", f"{main}, image 0: {text}")
     if main == "logits" and output.shape[1] > 1:
         probabilities = [torch.softmax(torch.from_numpy(values), -1).numpy() for values in (output, on_cpu)]
-        agree = int(np.sum(output.argmax(1) == on_cpu.argmax(1)))
+        difference, agree = np.abs(np.subtract(*probabilities)).max(), np.sum(output.argmax(1) == on_cpu.argmax(1))
         yield from PROBABILITIES.header()
-        difference = np.abs(np.subtract(*probabilities)).max()
         yield PROBABILITIES.entry(FACT, "precision.probabilities", difference, agree, len(output))
         yield PROBABILITIES.legend("softmax: the largest difference, and the inputs whose top-1 agrees")
     convolutions = context.documented["convolution"] != "float32" and "convolution" in loaded.probe.products
@@ -1428,20 +1427,16 @@ def published_figures(references: References, device: dict[str, np.ndarray]) -> 
 
 
 def compare_predictions(context: Context, loaded: Loaded) -> Iterator[Entry]:
-    """The same top-1, or nearest neighbour without a classifier, for each image. Small margins may differ.
-
-    They are below PREDICTION_FACTOR times the error that the documented precision, and float32, cause in this stage.
-    """
+    """The same top-1, or nearest neighbour without a classifier, for each image, if its margin exceeds the precision."""
     references, name = loaded.references, loaded.references.main
     readable = load_images(context.options.image, timm.data.resolve_model_data_config(loaded.cpu))
-    names, outputs = [], ([], [])
+    names, outputs = [], []
     while batch := list(itertools.islice(readable, IMAGE_BATCH)):
         names += [name for name, _ in batch]
         inputs = torch.stack([image for _, image in batch])
         with torch.inference_mode():
-            for part, output in zip(outputs, (loaded.cpu(inputs), loaded.device(inputs.to(context.device)))):
-                part.append(to_host(output).reshape(len(batch), -1))
-    expected, found = (np.concatenate(part).astype(np.float64) for part in outputs)
+            outputs.append((to_host(loaded.cpu(inputs)), to_host(loaded.device(inputs.to(context.device)))))
+    expected, found = (np.concatenate(part).reshape(len(names), -1).astype(np.float64) for part in zip(*outputs))
     reduced, float32 = (compare(part[name], references.exact[name]) for part in (references.reduced, references.float32))
     if expected.shape[1] == 1:
         yield Entry(SKIP, "precision.top1", "the model has one class")
@@ -1678,10 +1673,7 @@ def probe_device(context: Context) -> Probe:
 
 
 def identify(function: Callable, operands: list, device: torch.device) -> tuple[Fp32Precision | None, Difference]:
-    """The precision in which the device computes function(*operands), and the difference from that.
-
-    If none of KNOWN_PRECISIONS fits: None, and the difference from float64. The operands are float32, on the CPU.
-    """
+    """The one of KNOWN_PRECISIONS in which the device computes, and the difference from that; or None, and from float64."""
     on_device = [operand.to(device) for operand in operands]
     actual = to_host(function(*on_device)).reshape(1, -1)
     for precision in KNOWN_PRECISIONS:
@@ -1795,10 +1787,6 @@ class Timing:
         """Images per second, from the time of all timed batches."""
         return 1000 * self.batch * len(self.total_ms) / sum(self.total_ms)
 
-    def saturates(self, smaller: Timing) -> bool:
-        """The larger batch size gained less than SATURATION_GAIN."""
-        return self.throughput < SATURATION_GAIN * smaller.throughput
-
     @property
     def host_bound(self) -> bool:
         return bool(np.median(self.launch_ms) >= HOST_BOUND * np.median(self.total_ms))
@@ -1858,12 +1846,10 @@ def time_batch(forward: Callable, inputs: torch.Tensor, device: torch.device) ->
     return 1000 * (launched - start), 1000 * (time.perf_counter() - start), output
 
 
-def time_batches(
-    context: Context, mode: Mode, forward: Callable, inputs: torch.Tensor, reference: np.ndarray, seconds: float
-) -> Timing:
+def time_batches(context: Context, mode: Mode, forward: Callable, inputs, reference, seconds: float) -> Timing:
     """Warm up, and time batches, each synchronized. Each timed output is compared while no clock runs.
 
-    inputs: on the device. seconds: of timing, without a warm-up; 0: as in the options.
+    seconds: of timing, without a warm-up; 0: as in the options.
     """
     from tqdm import tqdm
 
@@ -1906,13 +1892,10 @@ def warm_up(run_batch: Callable[[], float], count: int, least: float, most: floa
 
 
 def time_all(context: Context, outputs: Outputs, sizes: list[int] | None) -> Iterator[Timing]:
-    """Each mode with each batch size. sizes None: doubled until throughput stops growing or memory is exhausted.
-
-    One mode that fails does not end the others.
-    """
+    """Each mode with each batch size; a failure ends only its mode. sizes None: doubled until throughput stops growing."""
     eager = {}  # (base, batch size) -> output of the mode without graph, which the graph must reproduce
     for mode in context.modes:
-        previous = None
+        smaller = 0.0  # throughput of the smaller batch size
         for size in sizes or (2**i for i in range(MAX_AUTO_BATCH.bit_length())):
             context.report_progress()
             with in_mode(outputs.loaded, mode):
@@ -1931,9 +1914,9 @@ def time_all(context: Context, outputs: Outputs, sizes: list[int] | None) -> Ite
             if timing.problem:
                 require_working(context.device, f"{timing.name}: {timing.problem}")
             failed = timing.problem not in ("", OUT_OF_MEMORY)
-            if failed or not sizes and (timing.problem or previous and timing.saturates(previous)):
+            if failed or not sizes and (timing.problem or timing.throughput < SATURATION_GAIN * smaller):
                 break
-            previous = timing
+            smaller = 0.0 if timing.problem else timing.throughput
     synchronize(context.device)  # an error that is first reported when Python exits would come after the verdict
 
 
@@ -1979,10 +1962,7 @@ def forward_pass(context: Context, mode: Mode, model: torch.nn.Module, inputs: t
 
 
 def compiled(context: Context, mode: Mode, model: torch.nn.Module, inputs: torch.Tensor) -> Callable:
-    """The model, compiled as one graph for inputs of this shape. Raises CannotCapture if that fails or other code ran.
-
-    It is compiled with zeros as input, so a correct output proves that the graph reads its inputs.
-    """
+    """The model, compiled as one graph for this shape, with zeros as input, as captured(). Raises CannotCapture."""
     backend, zeros, output = context.compiler, torch.zeros_like(inputs), None
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     kind = "reduce-overhead" if (context.device.type, backend) == ("cuda", "inductor") else None
@@ -2016,8 +1996,7 @@ def compiled(context: Context, mode: Mode, model: torch.nn.Module, inputs: torch
 def captured(forward: Callable, inputs: torch.Tensor, device: torch.device) -> Callable:
     """Capture forward(inputs) as a graph. The returned function replays it on its argument. Raises CannotCapture.
 
-    It is captured with zeros as input, so a correct output proves that it was replayed. (make_graphed_callables() of
-    torch adds autograd to each call, which costs time.)
+    With zeros as input: a correct output proves a replay. torch's make_graphed_callables() costs time for autograd.
     """
     module = torch.get_device_module(device.type)
     static, side, current = torch.zeros_like(inputs), module.Stream(), module.current_stream()
@@ -2096,13 +2075,12 @@ def explain_throughput(timings: list[Timing], device: torch.device) -> Iterator[
         advice = "larger batches are nearly free; +graph, +compile or a faster CPU helps, half precision does not"
         yield Entry(VARIES, "throughput.host_bound", f"{bound}: the device waits for the host; {advice}")
     if doubtful := rows(lambda timing: not timing.figures["iqr"] <= MAX_IQR):
-        advice = "is the host or the device shared? bind to cores (CPU_AFFINITY_CONF), raise --iters"
-        reason = f"iqr over {MAX_IQR:.0%} or under {FEWEST_BATCHES} batches"
-        yield Entry(VARIES, "throughput.doubtful", f"{doubtful}: {reason}; {advice}")
+        reason = f"iqr over {MAX_IQR:.0%} or under {FEWEST_BATCHES} batches; is the host or the device shared?"
+        yield Entry(VARIES, "throughput.doubtful", f"{doubtful}: {reason} bind to cores (CPU_AFFINITY_CONF), raise --iters")
     eager = {timing.name: timing for timing in timings if timing.total_ms}
     for group in by_mode(timings):
-        saturated = next((a for a, b in zip(group, group[1:]) if b.saturates(a)), None)
-        if saturated:
+        pairs = zip(group, group[1:])
+        if saturated := next((a for a, b in pairs if b.throughput < SATURATION_GAIN * a.throughput), None):
             text = f"{saturated.mode.name} at batch size {saturated.batch}: twice as much gains under {SATURATION_GAIN - 1:.0%}"
             yield Entry(VARIES, f"throughput.saturated.{saturated.mode.name}", text)
         if plain := group[0].mode.compiled:
