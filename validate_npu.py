@@ -1427,7 +1427,7 @@ def published_figures(references: References, device: dict[str, np.ndarray]) -> 
 
 
 def compare_predictions(context: Context, loaded: Loaded) -> Iterator[Entry]:
-    """The same top-1, or nearest neighbour without a classifier, for each image, if its margin exceeds the precision."""
+    """The same top-1, or nearest neighbour without a classifier, for each image whose margin exceeds the precision."""
     references, name = loaded.references, loaded.references.main
     readable = load_images(context.options.image, timm.data.resolve_model_data_config(loaded.cpu))
     names, outputs = [], []
@@ -1673,7 +1673,7 @@ def probe_device(context: Context) -> Probe:
 
 
 def identify(function: Callable, operands: list, device: torch.device) -> tuple[Fp32Precision | None, Difference]:
-    """The one of KNOWN_PRECISIONS in which the device computes, and the difference from that; or None, and from float64."""
+    """The one of KNOWN_PRECISIONS that the device computes in, and the difference from that; or None, and from float64."""
     on_device = [operand.to(device) for operand in operands]
     actual = to_host(function(*on_device)).reshape(1, -1)
     for precision in KNOWN_PRECISIONS:
@@ -1846,38 +1846,49 @@ def time_batch(forward: Callable, inputs: torch.Tensor, device: torch.device) ->
     return 1000 * (launched - start), 1000 * (time.perf_counter() - start), output
 
 
-def time_batches(context: Context, mode: Mode, forward: Callable, inputs, reference, seconds: float) -> Timing:
-    """Warm up, and time batches, each synchronized. Each timed output is compared while no clock runs.
+def time_size(context: Context, outputs: Outputs, mode: Mode, size: int, eager=None, seconds: float = 0.0) -> Timing:
+    """Warm up, and time batches of one size, each synchronized, in a mode that the model is in.
 
-    seconds: of timing, without a warm-up; 0: as in the options.
+    Each timed output is compared while no clock runs. eager: the expected outputs, default those of stage 3. seconds: of
+    timing, without a warm-up; 0: as in the options.
     """
     from tqdm import tqdm
 
     device, options, kind = context.device, context.options, "cpu" if context.device.type == "cpu" else "accelerator"
-    bar = tqdm(total=options.warmup + options.iters, desc=f"{mode.name}, {len(inputs)}", leave=False, disable=None)
+    rows, steady, (least, most) = outputs.rows(size), True, WARMUP_SECONDS[kind]
+    inputs = outputs.loaded.inputs[rows].to(device, mode.dtype)
+    reference = outputs.eager[rows] if eager is None else eager
+    launch_ms, total_ms, peak, worst = [], [], None, compare(reference, reference)
+    if device.type != "cpu":  # the memory functions of torch.accelerator need torch_npu 2.13
+        module = torch.get_device_module(device.type)
+        with contextlib.suppress(RuntimeError):  # torch_npu 2.9.0 refuses after a capture that failed
+            module.empty_cache()
+        module.reset_peak_memory_stats(device)
+    bar = tqdm(total=options.warmup + options.iters, desc=f"{mode.name}, {size}", leave=False, disable=None)
+    started = time.perf_counter()
+    with bar, forward_pass(context, mode, outputs.loaded.device, inputs) as forward:
 
-    def run_batch() -> tuple[float, float, torch.Tensor]:
-        bar.update()
-        return time_batch(forward, inputs, device)
+        def run_batch() -> tuple[float, float, torch.Tensor]:
+            bar.update()
+            return time_batch(forward, inputs, device)
 
-    first_ms = time_batch(forward, inputs, device)[1]
-    steady, (least, most) = True, WARMUP_SECONDS[kind]
-    if options.warmup and not seconds:
-        most -= first_ms / 1000 if kind == "cpu" else 0  # nothing is compiled in the first call
-        steady = warm_up(lambda: run_batch()[1], options.warmup, least, most)
-    launch_ms, total_ms, worst = [], [], compare(reference, reference)
-    bar.total = bar.n + (round(1000 * seconds / first_ms) if seconds else options.iters)
-    end = time.perf_counter() + (seconds or TIMED_SECONDS[kind])
-    while time.perf_counter() <= end and (seconds or len(total_ms) < options.iters) or not total_ms:
-        launch, total, output = run_batch()
-        launch_ms.append(launch)
-        total_ms.append(total)
-        output = to_host(output)
-        if not np.array_equal(output, reference):
-            worst = max(worst, compare(output, reference), key=lambda found: found.error)
-    bar.close()
-    peak = torch.get_device_module(device.type).max_memory_allocated(device) if kind != "cpu" else None
-    return Timing(mode, len(inputs), first_ms, steady, tuple(launch_ms), tuple(total_ms), peak, output, worst)
+        call_ms = time_batch(forward, inputs, device)[1]
+        first_ms = 1000 * (time.perf_counter() - started)
+        if options.warmup and not seconds:
+            most -= call_ms / 1000 if kind == "cpu" else 0  # nothing is compiled in the first call
+            steady = warm_up(lambda: run_batch()[1], options.warmup, least, most)
+        bar.total = bar.n + (round(1000 * seconds / call_ms) if seconds else options.iters)
+        end = time.perf_counter() + (seconds or TIMED_SECONDS[kind])
+        while time.perf_counter() <= end and (seconds or len(total_ms) < options.iters) or not total_ms:
+            launch, total, output = run_batch()
+            launch_ms.append(launch)
+            total_ms.append(total)
+            output = to_host(output)
+            if not np.array_equal(output, reference):
+                worst = max(worst, compare(output, reference), key=lambda found: found.error)
+    if device.type != "cpu":
+        peak = module.max_memory_allocated(device)
+    return Timing(mode, size, first_ms, steady, tuple(launch_ms), tuple(total_ms), peak, output, worst)
 
 
 def warm_up(run_batch: Callable[[], float], count: int, least: float, most: float) -> bool:
@@ -1892,7 +1903,7 @@ def warm_up(run_batch: Callable[[], float], count: int, least: float, most: floa
 
 
 def time_all(context: Context, outputs: Outputs, sizes: list[int] | None) -> Iterator[Timing]:
-    """Each mode with each batch size; a failure ends only its mode. sizes None: doubled until throughput stops growing."""
+    """Each mode with each batch size; a failure ends only its mode. sizes None: doubled until that gains too little."""
     eager = {}  # (base, batch size) -> output of the mode without graph, which the graph must reproduce
     for mode in context.modes:
         smaller = 0.0  # throughput of the smaller batch size
@@ -1918,23 +1929,6 @@ def time_all(context: Context, outputs: Outputs, sizes: list[int] | None) -> Ite
                 break
             smaller = 0.0 if timing.problem else timing.throughput
     synchronize(context.device)  # an error that is first reported when Python exits would come after the verdict
-
-
-def time_size(context: Context, outputs: Outputs, mode: Mode, size: int, eager=None, seconds: float = 0.0) -> Timing:
-    """Time one batch size in a mode that the model is in. eager: expected outputs, default those of stage 3."""
-    device, model, rows = context.device, outputs.loaded.device, outputs.rows(size)
-    inputs = outputs.loaded.inputs[rows].to(device, mode.dtype)
-    reference = outputs.eager[rows] if eager is None else eager
-    if device.type != "cpu":  # the memory functions of torch.accelerator need torch_npu 2.13
-        module = torch.get_device_module(device.type)
-        with contextlib.suppress(RuntimeError):  # torch_npu 2.9.0 refuses after a capture that failed
-            module.empty_cache()
-        module.reset_peak_memory_stats(device)
-    started = time.perf_counter()
-    with forward_pass(context, mode, model, inputs) as forward:
-        capture_ms = 1000 * (time.perf_counter() - started)
-        timing = time_batches(context, mode, forward, inputs, reference, seconds)
-    return dataclasses.replace(timing, first_ms=timing.first_ms + capture_ms)
 
 
 class CannotCapture(Exception):
@@ -2075,8 +2069,9 @@ def explain_throughput(timings: list[Timing], device: torch.device) -> Iterator[
         advice = "larger batches are nearly free; +graph, +compile or a faster CPU helps, half precision does not"
         yield Entry(VARIES, "throughput.host_bound", f"{bound}: the device waits for the host; {advice}")
     if doubtful := rows(lambda timing: not timing.figures["iqr"] <= MAX_IQR):
-        reason = f"iqr over {MAX_IQR:.0%} or under {FEWEST_BATCHES} batches; is the host or the device shared?"
-        yield Entry(VARIES, "throughput.doubtful", f"{doubtful}: {reason} bind to cores (CPU_AFFINITY_CONF), raise --iters")
+        reason = f"iqr over {MAX_IQR:.0%} or under {FEWEST_BATCHES} batches"
+        reason += "; is the host or the device shared? bind to cores (CPU_AFFINITY_CONF), raise --iters"
+        yield Entry(VARIES, "throughput.doubtful", f"{doubtful}: {reason}")
     eager = {timing.name: timing for timing in timings if timing.total_ms}
     for group in by_mode(timings):
         pairs = zip(group, group[1:])
