@@ -368,11 +368,11 @@ def judge_probe(probe: Probe, context: Context) -> Iterator[Entry]:
         # Compared with the identified precision; if none was identified, with float64.
         advice = f"a plain {kind} is incorrect: check the device with the vendor's tools"
         tolerance = Tolerance(warn * unit[kind], fail * unit[kind])
-        row = PRODUCTS, (), [precision.name if precision else "-"]
+        row = PRODUCTS, {"precision": precision and precision.name}
         yield comparison(f"device.{kind}", found, tolerance, advice, row=row)
     yield PRODUCTS.legend("a large product against the CPU in the precision that was identified, else in float64")
     fewer = [kind for kind, (precision, _) in probe.products.items()
-             if precision and precision.bits < BITS[context.documented[kind]]]  # fmt: skip
+             if precision and precision.bits < DOCUMENTED.get(context.documented[kind], EXACT).bits]  # fmt: skip
     if fewer:
         problem = f"{', '.join(fewer)} keeps fewer bits than the settings and the chip's documentation promise"
         yield Entry(WARN, "device.fewer_bits", problem, advice=f"find what sets it: {REDUCED_FP32.get(context.device.type, '')}")
@@ -1006,8 +1006,6 @@ class References(NamedTuple):
     float32: dict[str, np.ndarray]
     errors: dict[str, float]  # e by output: float32 against exact, worst row
     costs: dict[str, float]  # C by output: reduced against expected, worst row
-    seconds: float  # for all passes
-    pass_seconds: float  # for the pass in float32
 
     @property
     def main(self) -> str:
@@ -1042,10 +1040,8 @@ def make_references(
     context: Context, probe: Probe, cpu: torch.nn.Module, maps: FeatureMaps | None, inputs: torch.Tensor
 ) -> References:
     """One pass in float32, and at most three in float64. Raises RuntimeError if no product was intercepted."""
-    started, gelu = time.perf_counter(), probe.gelu
     float32 = forward_outputs(cpu, inputs, maps)
-    pass_seconds = time.perf_counter() - started
-    with emulated_precision(gelu=gelu) as seen:
+    with emulated_precision(gelu=probe.gelu) as seen:
         expected = exact = float64_outputs(cpu, inputs, maps)
     if not seen.products:
         raise RuntimeError("no matmul or convolution of this model was intercepted, so the reference is invalid")
@@ -1053,11 +1049,10 @@ def make_references(
         exact = float64_outputs(cpu, inputs, maps)
     reduced, rounding = expected, probe.rounding(context.documented)
     if rounding.keys() & seen.products:
-        with emulated_precision(rounding, gelu):
+        with emulated_precision(rounding, probe.gelu):
             reduced = float64_outputs(cpu, inputs, maps)
     errors, costs = worst_rows(float32, exact), worst_rows(reduced, expected)
-    seconds = time.perf_counter() - started
-    return References(inputs, exact, expected, reduced, float32, errors, costs, seconds, pass_seconds)
+    return References(inputs, exact, expected, reduced, float32, errors, costs)
 
 
 def float64_outputs(cpu: torch.nn.Module, inputs: torch.Tensor, maps: FeatureMaps | None) -> dict[str, np.ndarray]:
@@ -1110,14 +1105,14 @@ class Outputs(NamedTuple):
 def outputs_stage(context: Context, loaded: Loaded) -> Stage[Outputs]:
     """Each output of each batch has the shape of the CPU's, is finite, and equals that of batch size 1."""
     references, device = loaded.references, context.device
-    batches = {str(size): loaded.inputs[:size] for size in [1, *context.batch_sizes]}
-    batches |= {} if loaded.images is None else {"images": loaded.images}
     largest, problems, repeats, found = {}, {}, [], {}  # by output; found: in a batch against batch size 1
     with deterministic_algorithms() as nondeterministic:
-        singles = {id(whole): single_image_outputs(loaded, whole, device)
-                   for whole in (loaded.inputs, loaded.images) if whole is not None}  # fmt: skip
-        for batch, inputs in batches.items():
-            single, again = singles[id(loaded.images if batch == "images" else loaded.inputs)], None
+        singles = single_image_outputs(loaded, loaded.inputs, device)
+        batches = {str(size): (loaded.inputs[:size], singles) for size in [1, *context.batch_sizes]}
+        if loaded.images is not None:
+            batches["images"] = loaded.images, single_image_outputs(loaded, loaded.images, device)
+        for batch, (inputs, single) in batches.items():
+            again = None
             try:
                 outputs = forward_outputs(loaded.device, inputs.to(device), loaded.maps)
                 with torch.inference_mode():
@@ -1139,7 +1134,7 @@ def outputs_stage(context: Context, loaded: Loaded) -> Stage[Outputs]:
             largest = outputs if batch != "images" or not largest else largest
     yield from OUTPUTS.header()
     for name, output in largest.items():
-        yield judge_record(f"outputs.{name}", output, problems[name], found.get(name), references.tolerance(name))
+        yield judge_record(f"outputs.{name}", output, problems[name], found.get(name, []), references.tolerance(name))
     yield OUTPUTS.legend(f"batches: {' '.join(batches)}; min to std: the largest. batch_err: against batch size 1")
     yield judge_determinism(repeats, references.tolerance(), nondeterministic)
     return Outputs(loaded, largest.get(references.main, loaded.first[references.main]))
@@ -1168,21 +1163,18 @@ def output_problems(output: np.ndarray, on_cpu: np.ndarray, batch: str) -> Itera
             yield f"batch {batch}: different images give the same output (relative distance {distance:.1e})"
 
 
-def judge_record(id: str, output: np.ndarray, problems: list[str], found: list[tuple] | None, tolerance: Tolerance) -> Entry:
+def judge_record(id: str, output: np.ndarray, problems: list[str], found: list[tuple], tolerance: Tolerance) -> Entry:
     """A row of the table of outputs. output: of the largest batch. found: differences, and in which batch."""
-    shape, values = f"Bx{shape_text(output.shape[1:])}", np.asarray(output, np.float64)
-    cells = shape, values.min(), values.max(), values.mean(), values.std()
-    entry = OUTPUTS.entry(PASS, id, *cells, None, None, None)
+    cells = {"shape": f"Bx{shape_text(output.shape[1:])}"}
+    cells |= {name: getattr(np.asarray(output, np.float64), name)() for name in ("min", "max", "mean", "std")}
+    entry = OUTPUTS.entry(PASS, id, *cells.values(), None, None, None, numeric=True)
     if found:
         worst, what = max(found, key=lambda pair: pair[0].error)
         advice = "torch.npu.set_deterministic_level(3) makes results independent of the batch size (CANN 9.2 or later)"
-        check = comparison(id, worst, tolerance, advice, what=f"{what} against batch size 1")
-        limit = tolerance.limit(check.mark)
-        row = OUTPUTS.entry(check.mark, id, *cells, worst.error, limit, used_text(worst.error, limit))
-        entry = check._replace(text=row.text, width=row.width)
+        entry = comparison(id, worst, tolerance, advice, f"{what} against batch size 1", (OUTPUTS, cells))
     if problems:
         entry = entry._replace(mark=FAIL, problem="; ".join(problems[:3]), details=())
-    return entry._replace(numeric=True)
+    return entry
 
 
 def judge_determinism(repeats: list[tuple], tolerance: Tolerance, nondeterministic: set[str]) -> Entry:
@@ -1214,7 +1206,6 @@ class Unit(NamedTuple):
     cost: float
     cpu_error: float
     tolerance: Tolerance
-    half: str = ""  # dtype of half precision
 
 
 class Strict(NamedTuple):
@@ -1232,7 +1223,7 @@ class Strict(NamedTuple):
 
 def precision_stage(context: Context, loaded: Loaded) -> Stage[Precision]:
     """The same weights and inputs on the device and on the CPU: each output in each mode, then each module."""
-    started, references, main = time.perf_counter(), loaded.references, loaded.references.main
+    references, main = loaded.references, loaded.references.main
     for mode, reason in context.unsupported.items():
         yield Entry(SKIP, f"precision.{mode.name}", reason)
     with deterministic_algorithms():
@@ -1260,12 +1251,6 @@ def precision_stage(context: Context, loaded: Loaded) -> Stage[Precision]:
             yield from compare_predictions(context, loaded)
         yield from judge_modules(modules)
         yield control
-    seconds = time.perf_counter() - started + references.seconds
-    import resource  # not on Windows
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / GIB
-    passes = f"{seconds:.1f} s with references, {seconds / references.pass_seconds:.1f} x a float32 pass on the CPU"
-    yield Entry(VARIES, "precision.time", f"{passes}; peak {peak:.1f} GiB")
     bad = {}  # the first of each module, which may fail in strict mode and by default
     for module in (module for module in modules if module.mark != PASS):
         limit = module.tolerance.limit(module.mark)
@@ -1273,12 +1258,8 @@ def precision_stage(context: Context, loaded: Loaded) -> Stage[Precision]:
     return Precision(main, errors, tolerances, costs, list(bad.values()))
 
 
-def run_modes(context: Context, loaded: Loaded) -> dict[Mode, dict[str, tuple[np.ndarray, ...]] | str | CannotCapture]:
-    """The outputs of the device in each base mode, by name; if a mode raised an error, its description.
-
-    A compiled mode has only that of model(x), which stage 5 times; CannotCapture if it cannot be compiled.
-    In float32 also those of the first forward pass, at batch size 1: no batch of stage 3 is a reference for them.
-    """
+def run_modes(context: Context, loaded: Loaded) -> dict[Mode, dict[str, np.ndarray] | str | CannotCapture]:
+    """The outputs of the device in each base mode, by name, of a compiled mode only model(x); or why there are none."""
     device, inputs, results = context.device, loaded.references.inputs, {}
     modes = dict.fromkeys(MODES[mode.base] for mode in context.modes)
     for mode in [STRICT, *modes] if reduced_names(context.documented) not in ("", "float16") else modes:
@@ -1287,18 +1268,15 @@ def run_modes(context: Context, loaded: Loaded) -> dict[Mode, dict[str, tuple[np
             with in_mode(loaded, mode) as model, mode.active(device):
                 if mode.compiled:
                     with forward_pass(context, mode, model, batch) as forward:
-                        outputs = {loaded.references.main: to_host(forward(batch))}
+                        results[mode] = {loaded.references.main: to_host(forward(batch))}
                 else:
-                    outputs = forward_outputs(model, batch, loaded.maps)
-            results[mode] = {name: (output,) for name, output in outputs.items()}
+                    results[mode] = forward_outputs(model, batch, loaded.maps)
         except CannotCapture as problem:
             results[mode] = problem
         except RuntimeError as error:
             if mode == FLOAT32 or not still_works(device):
                 raise
             results[mode] = explain(error)
-    for name, output in loaded.first.items():
-        results[FLOAT32][name] += (output,)
     return results
 
 
@@ -1315,17 +1293,15 @@ def judge_strictness(context: Context, loaded: Loaded, results: dict) -> Strict:
     if isinstance(strict, str):
         return Strict(f"{reduced} cannot be disabled: {strict}")
     if same_bits(strict, results[FLOAT32]):
-        errors = {name: compare(outputs[0], references.expected[name]).max_row for name, outputs in strict.items()}
+        errors = {name: compare(output, references.expected[name]).max_row for name, output in strict.items()}
         within = all(error <= references.tolerance(name).warn for name, error in errors.items())
         if within and any(error > references.tolerance(name, 0.0).warn for name, error in errors.items()):
             return Strict(f"the settings change nothing: float32 is computed in {reduced} with each of them")
     return Strict(again={"float32": {kind: getattr(*switch) for kind, switch in switches.items()}} | again)
 
 
-def judge_mode(
-    context: Context, loaded: Loaded, mode: Mode, outputs: dict | str | CannotCapture, least_fail: float
-) -> Stage[tuple[float | None, Tolerance | None]]:
-    """The rows of one mode. One that fails does not end the others.
+def judge_mode(context: Context, loaded: Loaded, mode: Mode, outputs, least_fail: float) -> Stage[tuple]:
+    """The rows of one mode. One that fails does not end the others. outputs: see run_modes().
 
     Returns the error of model(x), None if a row failed, and the tolerance for timed outputs, None without a reference.
     """
@@ -1342,12 +1318,15 @@ def judge_mode(
         yield PRECISION.note(SKIP, f"precision.{mode.name}", f"no reference, the CPU fails: {first_line(error)}")
         return None, None
     # A compiler may expand GELU in the form that the model requests, although its operator computes another.
-    near = [compare(outputs[main][0], form[main]).max_row for form in (references.expected, references.exact)]
+    near = [compare(outputs[main], form[main]).max_row for form in (references.expected, references.exact)]
     expanded = mode.compiled and near[1] < near[0]
     used = references._replace(expected=references.exact) if expanded else references
-    entries = [judge_output(used, least_fail, name, mode.name, outputs[name], units[name]) for name in outputs]
+    # In float32 also those of the first forward pass, at batch size 1: no batch of stage 3 is a reference for them.
+    parts = [outputs, loaded.first] if mode == FLOAT32 else [outputs]
+    entries = [judge_output(used, least_fail, name, mode, [part[name] for part in parts if name in part], units[name])
+               for name in outputs]  # fmt: skip
     yield from entries
-    error = None if any(entry.mark == FAIL for entry in entries) else compare(outputs[main][0], references.exact[main]).max_row
+    error = None if any(entry.mark == FAIL for entry in entries) else compare(outputs[main], references.exact[main]).max_row
     # Timed outputs are compared with those of stage 3 in float32, which may cost C as well.
     timed = references.tolerance(cost=references.costs[main] + (references.gelu_cost if expanded else 0.0))
     return error, Tolerance(*map(max, units[main].tolerance, timed))
@@ -1361,8 +1340,7 @@ def mode_units(context: Context, loaded: Loaded, mode: Mode) -> dict[str, Unit]:
         with emulated_precision(gelu=loaded.probe.gelu), mode.active(torch.device("cpu")):
             half = forward_outputs(model, references.inputs.to(mode.dtype), loaded.maps)
         errors, (warn, fail) = worst_rows(half, references.expected), TOLERANCES["half"]
-        return {name: Unit(0.0, error, Tolerance(warn * error, fail * error), mode.amp or mode.half)
-                for name, error in errors.items()}  # fmt: skip
+        return {name: Unit(0.0, error, Tolerance(warn * error, fail * error)) for name, error in errors.items()}
     costs = dict.fromkeys(references.costs, 0.0) if mode == STRICT else references.costs
     if mode.hf32:
         with mode.active(context.device):
@@ -1372,19 +1350,18 @@ def mode_units(context: Context, loaded: Loaded, mode: Mode) -> dict[str, Unit]:
     return {name: Unit(cost, references.errors[name], references.tolerance(name, cost)) for name, cost in costs.items()}
 
 
-def judge_output(
-    references: References, least_fail: float, name: str, mode: str, outputs: tuple[np.ndarray, ...], unit: Unit
-) -> Entry:
+def judge_output(references: References, least_fail: float, name: str, mode: Mode, outputs: list, unit: Unit) -> Entry:
     """A row of the table of stage 4. outputs: for all inputs of the references, and for the first at batch size 1."""
     found, worst = max(((compare(output, references.expected[name][: len(output)]), output) for output in outputs),
                        key=lambda pair: pair[0].error)  # fmt: skip
     error, exact = references.errors[name], references.exact[name][: len(worst)]
     tolerance = unit.tolerance._replace(fail=max(unit.tolerance.fail, least_fail))
-    before = compare(worst, exact).max_row, unit.cost, unit.cpu_error
-    what, row = f"batch size {len(worst)}", (PRECISION, before, ())
-    entry = comparison(f"precision.{name}.{mode}", found, tolerance, what=what, row=row)
+    cells = {"err_fp64": compare(worst, exact).max_row, "expected": unit.cost, "cpu_err": unit.cpu_error}
+    id, what = f"precision.{name}.{mode.name}", f"batch size {len(worst)}"
+    entry = comparison(id, found, tolerance, what=what, row=(PRECISION, cells))
     if not math.isfinite(tolerance.fail):
-        problem, advice = f"it overflows in {unit.half or 'float16'} on the CPU as well", "use bfloat16"
+        problem = f"it overflows in {mode.amp or mode.half or 'float16'} on the CPU as well"
+        advice = "use bfloat16"
     elif not math.isfinite(found.error) or error <= MAX_CPU_ERROR and unit.cost <= MAX_EXPECTED_COST:
         return entry
     else:
@@ -1407,14 +1384,13 @@ def in_mode(loaded: Loaded, mode: Mode) -> Iterator[torch.nn.Module]:
 
 def explain_precision(context: Context, loaded: Loaded, results: dict, costs: dict[str, float]) -> Iterator[Entry]:
     """Facts that explain the table: expected costs, the switches, and the figures of published adaptations."""
-    references, main = loaded.references, loaded.references.main
-    device = {name: output for name, (output, *_) in results[FLOAT32].items()}
+    references, main, device = loaded.references, loaded.references.main, results[FLOAT32]
     for name, cost in costs.items():
         yield Entry(FACT, f"precision.cost.{name}", f"{name} costs {main} {cost:.1e}{AVOIDED[name]}")
     if isinstance(strict := results.get(STRICT), dict):
         if same_bits(strict, results[FLOAT32]):
             yield Entry(FACT, "precision.switches", "outputs are bit-identical with and without reduced-precision float32")
-        error = compare(strict[main][0], references.expected[main]).max_row
+        error = compare(strict[main], references.expected[main]).max_row
         if error > references.tolerance(main, 0.0).warn:
             with emulated_precision(dict.fromkeys(PROBES, DOCUMENTED["TF32"]), loaded.probe.gelu):
                 reduced = float64_outputs(loaded.cpu, references.inputs, loaded.maps)
@@ -1429,9 +1405,8 @@ def explain_precision(context: Context, loaded: Loaded, results: dict, costs: di
             yield Entry(FACT, f"precision.first_values.{place}", f"{main}, image 0: {text}")
     if main == "logits" and output.shape[1] > 1:
         probabilities = [torch.softmax(torch.from_numpy(values), -1).numpy() for values in (output, on_cpu)]
-        agree = int(np.sum(output.argmax(1) == on_cpu.argmax(1)))
+        difference, agree = np.abs(np.subtract(*probabilities)).max(), np.sum(output.argmax(1) == on_cpu.argmax(1))
         yield from PROBABILITIES.header()
-        difference = np.abs(np.subtract(*probabilities)).max()
         yield PROBABILITIES.entry(FACT, "precision.probabilities", difference, agree, len(output))
         yield PROBABILITIES.legend("softmax: the largest difference, and the inputs whose top-1 agrees")
     convolutions = context.documented["convolution"] != "float32" and "convolution" in loaded.probe.products
@@ -1452,21 +1427,16 @@ def published_figures(references: References, device: dict[str, np.ndarray]) -> 
 
 
 def compare_predictions(context: Context, loaded: Loaded) -> Iterator[Entry]:
-    """Task-level agreement over all images: top-1, or the nearest neighbour for models without a classifier.
-
-    The device may differ from the CPU if the margin on the CPU is smaller than PREDICTION_FACTOR times the error that
-    the documented precision, and float32, cause on the inputs of this stage.
-    """
+    """The same top-1, or nearest neighbour without a classifier, for each image whose margin exceeds the precision."""
     references, name = loaded.references, loaded.references.main
     readable = load_images(context.options.image, timm.data.resolve_model_data_config(loaded.cpu))
-    names, outputs = [], ([], [])
+    names, outputs = [], []
     while batch := list(itertools.islice(readable, IMAGE_BATCH)):
         names += [name for name, _ in batch]
         inputs = torch.stack([image for _, image in batch])
         with torch.inference_mode():
-            for part, output in zip(outputs, (loaded.cpu(inputs), loaded.device(inputs.to(context.device)))):
-                part.append(to_host(output).reshape(len(batch), -1))
-    expected, found = (np.concatenate(part).astype(np.float64) for part in outputs)
+            outputs.append((to_host(loaded.cpu(inputs)), to_host(loaded.device(inputs.to(context.device)))))
+    expected, found = (np.concatenate(part).reshape(len(names), -1).astype(np.float64) for part in zip(*outputs))
     reduced, float32 = (compare(part[name], references.exact[name]) for part in (references.reduced, references.float32))
     if expected.shape[1] == 1:
         yield Entry(SKIP, "precision.top1", "the model has one class")
@@ -1527,8 +1497,7 @@ class Module:
 def compare_modules(context: Context, loaded: Loaded, strict: Strict, only: str = "", images: int = MODULE_INPUTS) -> list[Module]:
     """Run each module also on the device, on the inputs that it has on the CPU. In execution order, parts first.
 
-    One forward pass on the CPU with hooks; only figures are kept. Composite modules (attention, MLP, blocks) run as a
-    whole, too: what they compute between their parts is in no other module.
+    Composite modules (attention, MLP, blocks) run as a whole, too: what they compute between parts is in no other module.
     """
     passive = (torch.nn.Identity, torch.nn.Dropout, torch.nn.ModuleList, torch.nn.Sequential, torch.nn.Flatten)
     names = {m: name for name, m in loaded.cpu.named_modules()
@@ -1546,14 +1515,13 @@ def compare_modules(context: Context, loaded: Loaded, strict: Strict, only: str 
         # On the CPU a copy. torch_npu takes no channels_last tensor from the host.
         move = torch.clone if device.type == "cpu" else lambda x: x.contiguous().to(device)
         inputs = [torch.utils._pytree.tree_map_only(torch.Tensor, move, (args, kwargs)) for _ in range(2)]
-        calls.append((on_device(module)(*inputs[0][0], **inputs[0][1]), inputs[1], dict(seen.products)))
+        calls.append((on_device(module)(*inputs[0][0], **inputs[0][1]), inputs[1], seen.products.copy()))
 
     def after(module, args, kwargs, output) -> None:
         actual, (args, kwargs), products = calls.pop()
         record(module, actual, output)
-        kinds = {kind for kind, count in seen.products.items() if count > products.get(kind, 0)}
         for mode, switches in strict.again.items() if not any(module.children()) else ():
-            if any(switches.get(kind) for kind in kinds):
+            if any(switches.get(kind) for kind in seen.products - products):
                 with set_reduced_fp32(device, switches):
                     again = on_device(module)(*args, **kwargs)
                 record(module, again, output, mode)
@@ -1609,7 +1577,7 @@ def judge_modules(modules: list[Module]) -> Iterator[Entry]:
         for id, part in parts.items():
             if part:
                 worst = max(part, key=lambda module: module.found.error)
-                row = MODULES, [len(part)], [worst.name]
+                row = MODULES, {"count": len(part), "worst": worst.name}
                 yield comparison(id, worst.found, worst.tolerance, what=worst.name, row=row)
     yield MODULES.legend(f"each by itself on the inputs of the CPU. FAIL above {TOLERANCES['module'].fail:.1e}")
 
@@ -1648,16 +1616,11 @@ KNOWN_PRECISIONS = [EXACT, *(Fp32Precision(bits, rounding, "HF32" if bits == 11 
                              for bits in (11, 10) for rounding in ("half away", "half even", "truncated"))]  # fmt: skip
 # Used if a probe does not identify it. Fewer bits cost more, so 10 bits of HF32 are the safe choice.
 DOCUMENTED = {name: Fp32Precision(10, "half even", name) for name in ("HF32", "TF32", "float16")}
-BITS = {"float32": 23, "HF32": 10, "TF32": 10, "float16": 10}  # least mantissa bits by documented precision
 
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """The precision of large products in float32 on the device, and its form of GELU.
-
-    No probe proves the precision of a layer, because libraries select kernels by shape, batch size and layout. This one
-    measures how operands are rounded, if they are.
-    """
+    """The rounding of large products in float32, which need not be that of each layer, and the form of GELU."""
 
     products: dict[str, tuple[Fp32Precision | None, Difference]]  # see identify(), by kind: a key of PROBES
     gelu: dict[str, str]  # the form that is computed by the form that is requested: CANN computes tanh for both
@@ -1709,13 +1672,8 @@ def probe_device(context: Context) -> Probe:
     return Probe(products, forms, float(np.max(errors)))  # NaN if one is
 
 
-def identify(
-    function: Callable, operands: list[torch.Tensor], device: torch.device
-) -> tuple[Fp32Precision | None, Difference]:
-    """The precision in which the device computes function(*operands), and the difference from that.
-
-    If none of KNOWN_PRECISIONS fits: None, and the difference from float64. The operands are float32, on the CPU.
-    """
+def identify(function: Callable, operands: list, device: torch.device) -> tuple[Fp32Precision | None, Difference]:
+    """The one of KNOWN_PRECISIONS that the device computes in, and the difference from that; or None, and from float64."""
     on_device = [operand.to(device) for operand in operands]
     actual = to_host(function(*on_device)).reshape(1, -1)
     for precision in KNOWN_PRECISIONS:
@@ -1731,18 +1689,15 @@ def identify(
     return None, exact
 
 
-def emulated_precision(
-    rounding: dict[str, Fp32Precision] | None = None, gelu: dict[str, str] | None = None
-) -> contextlib.AbstractContextManager:
+def emulated_precision(rounding: dict[str, Fp32Precision] = {}, gelu: dict[str, str] = {}):
     """A context in which the CPU rounds the operands of products, and computes the form of GELU, as a device does.
 
-    rounding: by kind of product, "convolution" or "matmul" (with attention); other kinds are not rounded. gelu: the
-    form by the requested form. Under inference_mode a dispatch mode sees layers whole and decomposes them (as
-    torch.utils.flop_counter does), so that no product is hidden; decompositions in Python, such as that of interpolation,
-    are not used, because they round differently. The context records the names of all operators, and
-    counts the products by kind and the GELUs that it changed. Tensors on other devices are not changed.
+    rounding: by kind of product, "convolution" or "matmul" (with attention). gelu: the form by the requested form. Under
+    inference_mode a dispatch mode sees layers whole and decomposes them (as torch.utils.flop_counter does), so that no
+    product is hidden; decompositions in Python, such as that of interpolation, round differently, and are not used. It
+    records the names of all operators, and counts the products by kind and the GELUs that it changed.
     """
-    aten, rounding, gelu = torch.ops.aten, rounding or {}, gelu or {}
+    aten = torch.ops.aten
     attention, composite = aten.scaled_dot_product_attention.default, torch._C.DispatchKey.CompositeImplicitAutograd
     first_operand = {aten.mm.default: 0, aten.bmm.default: 0, aten.mv.default: 0, aten.addmm.default: 1,
                      aten.baddbmm.default: 1}  # fmt: skip
@@ -1750,7 +1705,7 @@ def emulated_precision(
     class EmulatedPrecision(torch.utils._python_dispatch.TorchDispatchMode):
         def __init__(self):
             super().__init__()
-            self.names, self.products, self.gelus = set(), {}, 0
+            self.names, self.products, self.gelus = set(), collections.Counter(), 0
 
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             kwargs = dict(kwargs or {})
@@ -1759,12 +1714,12 @@ def emulated_precision(
             on_host = all(x.device.type in ("cpu", "meta") for x in tensors)
             kind = "convolution" if function is aten.convolution.default else "matmul"
             if kind == "convolution" or function in first_operand:
-                self.products[kind] = self.products.get(kind, 0) + 1
+                self.products[kind] += 1
                 first = first_operand.get(function, 0)
                 if on_host and kind in rounding:
                     args = tuple(rounding[kind].round(x) if i in (first, first + 1) else x for i, x in enumerate(args))
             elif function is attention and "matmul" not in rounding:
-                self.products[kind] = self.products.get(kind, 0) + 1  # the fused kernel
+                self.products[kind] += 1  # the fused kernel
             elif function in (aten.gelu.default, aten.gelu_.default):
                 requested = kwargs.get("approximate", "none")
                 if on_host and gelu.get(requested, requested) != requested:
@@ -1796,8 +1751,8 @@ def deterministic_algorithms() -> Iterator[set[str]]:
             names |= {match[1] for match in found if match}
 
 
-def same_bits(a: dict[str, tuple[np.ndarray, ...]], b: dict[str, tuple[np.ndarray, ...]]) -> bool:
-    return all(a[name][0].tobytes() == b[name][0].tobytes() for name in a)
+def same_bits(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
+    return all(a[name].tobytes() == b[name].tobytes() for name in a)
 
 
 def reduced_names(documented: dict[str, str]) -> str:
@@ -1832,10 +1787,6 @@ class Timing:
         """Images per second, from the time of all timed batches."""
         return 1000 * self.batch * len(self.total_ms) / sum(self.total_ms)
 
-    def saturates(self, smaller: Timing) -> bool:
-        """The larger batch size gained less than SATURATION_GAIN."""
-        return self.throughput < SATURATION_GAIN * smaller.throughput
-
     @property
     def host_bound(self) -> bool:
         return bool(np.median(self.launch_ms) >= HOST_BOUND * np.median(self.total_ms))
@@ -1856,7 +1807,7 @@ class Timing:
 
 def throughput_stage(context: Context, outputs: Outputs, checked: Precision | None) -> Stage[list[Timing]]:
     """The latency of a batch for each mode and batch size, and that the timed outputs are correct."""
-    timings = []
+    timings, errors = [], checked.errors if checked else {}
     yield from THROUGHPUT.header()
     for timing in time_all(context, outputs, context.options.batch_sizes or None):
         timings.append(timing)
@@ -1875,10 +1826,10 @@ def throughput_stage(context: Context, outputs: Outputs, checked: Precision | No
             yield copy_entry(outputs.loaded.inputs[outputs.rows(timed[-1].batch)], timed[-1].output, context.device)
     yield from explain_throughput(timed, context.device)
     if groups:
-        yield from fastest_modes(context, outputs, groups, checked)
+        yield from fastest_modes(context, outputs.loaded.flops, groups, errors)
         yield from judge_timed_outputs(timings, checked)
     if groups and context.options.duration:
-        best = fastest_within(context, groups, checked) or groups[0][-1]
+        best = fastest_within(context, timed, errors) or groups[0][-1]
         yield from sustained_load(context, outputs, best, checked)
     return timings
 
@@ -1895,42 +1846,49 @@ def time_batch(forward: Callable, inputs: torch.Tensor, device: torch.device) ->
     return 1000 * (launched - start), 1000 * (time.perf_counter() - start), output
 
 
-def time_batches(
-    context: Context, mode: Mode, forward: Callable, inputs: torch.Tensor, reference: np.ndarray, seconds: float
-) -> Timing:
-    """Warm up, and time batches, each synchronized. Each timed output is compared while no clock runs.
+def time_size(context: Context, outputs: Outputs, mode: Mode, size: int, eager=None, seconds: float = 0.0) -> Timing:
+    """Warm up, and time batches of one size, each synchronized, in a mode that the model is in.
 
-    forward: the model in this mode. inputs: (B, C, H, W) on the device. reference: the expected outputs. seconds: of
+    Each timed output is compared while no clock runs. eager: the expected outputs, default those of stage 3. seconds: of
     timing, without a warm-up; 0: as in the options.
     """
     from tqdm import tqdm
 
-    device, options = context.device, context.options
-    kind = "cpu" if device.type == "cpu" else "accelerator"
-    bar = tqdm(total=options.warmup + options.iters, desc=f"{mode.name}, {len(inputs)}", leave=False, disable=None)
+    device, options, kind = context.device, context.options, "cpu" if context.device.type == "cpu" else "accelerator"
+    rows, steady, (least, most) = outputs.rows(size), True, WARMUP_SECONDS[kind]
+    inputs = outputs.loaded.inputs[rows].to(device, mode.dtype)
+    reference = outputs.eager[rows] if eager is None else eager
+    launch_ms, total_ms, peak, worst = [], [], None, compare(reference, reference)
+    if device.type != "cpu":  # the memory functions of torch.accelerator need torch_npu 2.13
+        module = torch.get_device_module(device.type)
+        with contextlib.suppress(RuntimeError):  # torch_npu 2.9.0 refuses after a capture that failed
+            module.empty_cache()
+        module.reset_peak_memory_stats(device)
+    bar = tqdm(total=options.warmup + options.iters, desc=f"{mode.name}, {size}", leave=False, disable=None)
+    started = time.perf_counter()
+    with bar, forward_pass(context, mode, outputs.loaded.device, inputs) as forward:
 
-    def run_batch() -> tuple[float, float, torch.Tensor]:
-        bar.update()
-        return time_batch(forward, inputs, device)
+        def run_batch() -> tuple[float, float, torch.Tensor]:
+            bar.update()
+            return time_batch(forward, inputs, device)
 
-    first_ms = time_batch(forward, inputs, device)[1]
-    steady, (least, most) = True, WARMUP_SECONDS[kind]
-    if options.warmup and not seconds:
-        most -= first_ms / 1000 if kind == "cpu" else 0  # nothing is compiled in the first call
-        steady = warm_up(lambda: run_batch()[1], options.warmup, least, most)
-    launch_ms, total_ms, worst = [], [], compare(reference, reference)
-    bar.total = bar.n + (round(1000 * seconds / first_ms) if seconds else options.iters)
-    end = time.perf_counter() + (seconds or TIMED_SECONDS[kind])
-    while time.perf_counter() <= end and (seconds or len(total_ms) < options.iters) or not total_ms:
-        launch, total, output = run_batch()
-        launch_ms.append(launch)
-        total_ms.append(total)
-        output = to_host(output)
-        if not np.array_equal(output, reference):
-            worst = max(worst, compare(output, reference), key=lambda found: found.error)
-    bar.close()
-    peak = torch.get_device_module(device.type).max_memory_allocated(device) if kind != "cpu" else None
-    return Timing(mode, len(inputs), first_ms, steady, tuple(launch_ms), tuple(total_ms), peak, output, worst)
+        call_ms = time_batch(forward, inputs, device)[1]
+        first_ms = 1000 * (time.perf_counter() - started)
+        if options.warmup and not seconds:
+            most -= call_ms / 1000 if kind == "cpu" else 0  # nothing is compiled in the first call
+            steady = warm_up(lambda: run_batch()[1], options.warmup, least, most)
+        bar.total = bar.n + (round(1000 * seconds / call_ms) if seconds else options.iters)
+        end = time.perf_counter() + (seconds or TIMED_SECONDS[kind])
+        while time.perf_counter() <= end and (seconds or len(total_ms) < options.iters) or not total_ms:
+            launch, total, output = run_batch()
+            launch_ms.append(launch)
+            total_ms.append(total)
+            output = to_host(output)
+            if not np.array_equal(output, reference):
+                worst = max(worst, compare(output, reference), key=lambda found: found.error)
+    if device.type != "cpu":
+        peak = module.max_memory_allocated(device)
+    return Timing(mode, size, first_ms, steady, tuple(launch_ms), tuple(total_ms), peak, output, worst)
 
 
 def warm_up(run_batch: Callable[[], float], count: int, least: float, most: float) -> bool:
@@ -1945,63 +1903,36 @@ def warm_up(run_batch: Callable[[], float], count: int, least: float, most: floa
 
 
 def time_all(context: Context, outputs: Outputs, sizes: list[int] | None) -> Iterator[Timing]:
-    """Each mode with each batch size. sizes None: doubled until throughput stops growing or memory is exhausted."""
+    """Each mode with each batch size; a failure ends only its mode. sizes None: doubled until that gains too little."""
     eager = {}  # (base, batch size) -> output of the mode without graph, which the graph must reproduce
     for mode in context.modes:
-        previous = None
+        smaller = 0.0  # throughput of the smaller batch size
         for size in sizes or (2**i for i in range(MAX_AUTO_BATCH.bit_length())):
             context.report_progress()
             with in_mode(outputs.loaded, mode):
-                timing = try_to_time(context, outputs, mode, size, eager.get((mode.base, size)))
+                try:
+                    timing = time_size(context, outputs, mode, size, eager.get((mode.base, size)))
+                except CannotCapture as problem:
+                    timing = Timing(mode, size, problem=str(problem), mark=SKIP)
+                except RuntimeError as error:
+                    out_of_memory = is_out_of_memory(error)
+                    if not out_of_memory and (mode == FLOAT32 or not still_works(context.device)):
+                        raise
+                    problem, mark = (OUT_OF_MEMORY, WARN) if out_of_memory else (explain(error), FAIL)
+                    timing = Timing(mode, size, problem=problem, mark=mark)
             eager.setdefault((mode.base, size), timing.output)
             yield timing
             if timing.problem:
                 require_working(context.device, f"{timing.name}: {timing.problem}")
             failed = timing.problem not in ("", OUT_OF_MEMORY)
-            if failed or not sizes and (timing.problem or previous and timing.saturates(previous)):
+            if failed or not sizes and (timing.problem or timing.throughput < SATURATION_GAIN * smaller):
                 break
-            previous = timing
+            smaller = 0.0 if timing.problem else timing.throughput
     synchronize(context.device)  # an error that is first reported when Python exits would come after the verdict
 
 
-def try_to_time(context: Context, outputs: Outputs, mode: Mode, size: int, eager: np.ndarray | None) -> Timing:
-    """Time one batch size, or return the reason: one mode that fails does not end the others."""
-    try:
-        return time_size(context, outputs, mode, size, eager)
-    except CannotCapture as problem:
-        return Timing(mode, size, problem=str(problem), mark=SKIP)
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            return Timing(mode, size, problem=OUT_OF_MEMORY)
-        if mode == FLOAT32 or not still_works(context.device):
-            raise
-        return Timing(mode, size, problem=explain(error), mark=FAIL)
-
-
-def time_size(
-    context: Context, outputs: Outputs, mode: Mode, size: int, eager: np.ndarray | None = None, seconds: float = 0.0
-) -> Timing:
-    """Time one batch size in a mode that the model is in. eager: expected outputs, default those of stage 3. seconds:
-    see time_batches().
-    """
-    device, model, rows = context.device, outputs.loaded.device, outputs.rows(size)
-    inputs = outputs.loaded.inputs[rows].to(device, mode.dtype)
-    reference = outputs.eager[rows] if eager is None else eager
-
-    if device.type != "cpu":  # the memory functions of torch.accelerator need torch_npu 2.13
-        module = torch.get_device_module(device.type)
-        with contextlib.suppress(RuntimeError):  # torch_npu 2.9.0 refuses after a capture that failed
-            module.empty_cache()
-        module.reset_peak_memory_stats(device)
-    started = time.perf_counter()
-    with forward_pass(context, mode, model, inputs) as forward:
-        capture_ms = 1000 * (time.perf_counter() - started)
-        timing = time_batches(context, mode, forward, inputs, reference, seconds)
-    return dataclasses.replace(timing, first_ms=timing.first_ms + capture_ms)
-
-
 class CannotCapture(Exception):
-    """The forward pass cannot be captured as a graph, or compiled. The message has the reason."""
+    """The forward pass cannot be captured as a graph, or compiled, for the reason in the message."""
 
 
 @contextlib.contextmanager
@@ -2025,10 +1956,7 @@ def forward_pass(context: Context, mode: Mode, model: torch.nn.Module, inputs: t
 
 
 def compiled(context: Context, mode: Mode, model: torch.nn.Module, inputs: torch.Tensor) -> Callable:
-    """The model, compiled as one graph for inputs of this shape. Raises CannotCapture if that fails or other code ran.
-
-    It is compiled with zeros as input, so a correct output proves that the graph reads its inputs.
-    """
+    """The model, compiled as one graph for this shape, with zeros as input, as captured(). Raises CannotCapture."""
     backend, zeros, output = context.compiler, torch.zeros_like(inputs), None
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     kind = "reduce-overhead" if (context.device.type, backend) == ("cuda", "inductor") else None
@@ -2060,10 +1988,9 @@ def compiled(context: Context, mode: Mode, model: torch.nn.Module, inputs: torch
 
 
 def captured(forward: Callable, inputs: torch.Tensor, device: torch.device) -> Callable:
-    """Capture forward(inputs) as a graph (NPU or CUDA). The returned function replays it on its argument.
+    """Capture forward(inputs) as a graph. The returned function replays it on its argument. Raises CannotCapture.
 
-    The graph is captured with zeros as input, so a correct output proves that it was replayed. Raises CannotCapture.
-    torch's make_graphed_callables() adds autograd to each call, which costs time in a host-bound measurement.
+    With zeros as input: a correct output proves a replay. torch's make_graphed_callables() costs time for autograd.
     """
     module = torch.get_device_module(device.type)
     static, side, current = torch.zeros_like(inputs), module.Stream(), module.current_stream()
@@ -2093,19 +2020,13 @@ def captured(forward: Callable, inputs: torch.Tensor, device: torch.device) -> C
 
 @contextlib.contextmanager
 def constant_rope(model: torch.nn.Module) -> Iterator[None]:
-    """Inside, a RoPE table is computed once for each shape.
-
-    timm's DINOv3 copies the coordinates from the host in each forward pass, and no graph can contain such a copy.
-    """
-    ropes = [module for module in model.modules() if hasattr(module, "get_embed")]
-    for rope in ropes:
-        table = functools.cache(rope.get_embed)
-        rope.get_embed = torch.compiler.assume_constant_result(lambda *shape, of=table, **named: of(*shape, **named))
-    try:
+    """Inside, RoPE tables are constants: timm's DINOv3 copies coordinates from the host, which no graph can contain."""
+    with contextlib.ExitStack() as stack:
+        for rope in (module for module in model.modules() if hasattr(module, "get_embed")):
+            table = functools.cache(rope.get_embed)
+            rope.get_embed = torch.compiler.assume_constant_result(lambda *shape, of=table, **named: of(*shape, **named))
+            stack.callback(delattr, rope, "get_embed")
         yield
-    finally:
-        for rope in ropes:
-            del rope.get_embed
 
 
 def by_mode(timings: list[Timing]) -> list[list[Timing]]:
@@ -2148,13 +2069,13 @@ def explain_throughput(timings: list[Timing], device: torch.device) -> Iterator[
         advice = "larger batches are nearly free; +graph, +compile or a faster CPU helps, half precision does not"
         yield Entry(VARIES, "throughput.host_bound", f"{bound}: the device waits for the host; {advice}")
     if doubtful := rows(lambda timing: not timing.figures["iqr"] <= MAX_IQR):
-        advice = "is the host or the device shared? bind to cores (CPU_AFFINITY_CONF), raise --iters"
         reason = f"iqr over {MAX_IQR:.0%} or under {FEWEST_BATCHES} batches"
-        yield Entry(VARIES, "throughput.doubtful", f"{doubtful}: {reason}; {advice}")
+        reason += "; is the host or the device shared? bind to cores (CPU_AFFINITY_CONF), raise --iters"
+        yield Entry(VARIES, "throughput.doubtful", f"{doubtful}: {reason}")
     eager = {timing.name: timing for timing in timings if timing.total_ms}
     for group in by_mode(timings):
-        saturated = next((a for a, b in zip(group, group[1:]) if b.saturates(a)), None)
-        if saturated:
+        pairs = zip(group, group[1:])
+        if saturated := next((a for a, b in pairs if b.throughput < SATURATION_GAIN * a.throughput), None):
             text = f"{saturated.mode.name} at batch size {saturated.batch}: twice as much gains under {SATURATION_GAIN - 1:.0%}"
             yield Entry(VARIES, f"throughput.saturated.{saturated.mode.name}", text)
         if plain := group[0].mode.compiled:
@@ -2168,34 +2089,29 @@ def explain_throughput(timings: list[Timing], device: torch.device) -> Iterator[
         yield Entry(VARIES, "throughput.not_steady", f"{unsteady}: the latency was not stable to {STEADY:.0%}")
 
 
-def fastest_modes(
-    context: Context, outputs: Outputs, groups: list[list[Timing]], checked: Precision | None
-) -> Iterator[Entry]:
-    """The fastest batch size of each mode, and the fastest mode whose error is at most --max-error."""
-    flops, chip = outputs.loaded.flops, chip_name(context.device)
-    peak = next((peak for name, (_, peak) in CHIPS.items() if chip.startswith(name)), None)
-    errors = checked.errors if checked else {}
-    best = [max(group, key=lambda timing: timing.throughput) for group in groups]
-    highest = max(timing.throughput for timing in best)
+def fastest_modes(context: Context, flops: int | None, groups: list, errors: dict[str, float]) -> Iterator[Entry]:
+    """The fastest batch size of each mode, and the fastest mode whose error is at most --max-error. errors: by mode."""
     if len(groups) == 1:
         return
+    chip = chip_name(context.device)
+    peak = next((peak for name, (_, peak) in CHIPS.items() if chip.startswith(name)), None)
+    best = [max(group, key=lambda timing: timing.throughput) for group in groups]
     yield from FASTEST.header()
     for timing in best:
         rate = flops and flops * timing.throughput / 1e12
         share = rate / peak if rate and peak and timing.mode.in_half else None
-        speedup, bar = timing.throughput / best[0].throughput, "#" * round(BAR_WIDTH * timing.throughput / highest)
-        cells = timing.batch, timing.throughput, speedup, errors.get(timing.mode.base), rate, share, bar
+        speedup, error = timing.throughput / best[0].throughput, errors.get(timing.mode.base)
+        cells = timing.batch, timing.throughput, speedup, error, rate, share
         yield FASTEST.entry(VARIES, f"throughput.best.{timing.mode.name}", *cells)
     yield FASTEST.legend("fastest batch size of each mode. share: of the chip's float16 peak")
-    if fastest := fastest_within(context, groups, checked):
+    if fastest := fastest_within(context, sum(groups, []), errors):
         text = f"{fastest.mode.name} at batch size {fastest.batch}, {fastest.throughput / best[0].throughput:.2f} x float32"
         yield Entry(VARIES, "throughput.fastest", f"{text} (error within --max-error {context.options.max_error:g})")
 
 
-def fastest_within(context: Context, groups: list[list[Timing]], checked: Precision | None) -> Timing | None:
+def fastest_within(context: Context, timings: list[Timing], errors: dict[str, float]) -> Timing | None:
     """The fastest mode and batch size whose error is at most --max-error. A mode that failed in stage 4 has no error."""
-    errors = checked.errors if checked else {}
-    accepted = [t for t in sum(groups, []) if errors.get(t.mode.base, math.inf) <= context.options.max_error]
+    accepted = [t for t in timings if errors.get(t.mode.base, math.inf) <= context.options.max_error]
     return max(accepted, key=lambda timing: timing.throughput, default=None)
 
 
@@ -2212,11 +2128,10 @@ def sustained_load(context: Context, outputs: Outputs, best: Timing, checked: Pr
     yield Entry(VARIES, "throughput.sustained.tenths", text)
     slower = 1 - parts[1].throughput / parts[0].throughput
     allowed = max(SUSTAINED_SLOWDOWN, sum(part.iqr for part in parts) / 2)
+    mark, text = PASS, f"no slower after {duration} s"
     if slower > allowed:
-        problem = f"throughput fell by {slower:.0%} in {duration} s, limit {allowed:.0%}"
-        yield Entry(WARN, "throughput.sustained", problem, advice="watch temperature, power and clock with the vendor's tools")
-    else:
-        yield Entry(PASS, "throughput.sustained", f"no slower after {duration} s")
+        mark, text = WARN, f"throughput fell by {slower:.0%} in {duration} s, limit {allowed:.0%}"
+    yield Entry(mark, "throughput.sustained", text, advice="watch temperature, power and clock with the vendor's tools")
     yield from judge_timed_outputs([timing], checked, "sustained.")
 
 
@@ -2262,15 +2177,15 @@ class Difference:
 
 
 def compare(actual: np.ndarray, reference: np.ndarray) -> Difference:
-    """Compare an output with its reference, row by row, in float64.
+    """Compare an output with its reference, both (B, ...), row by row, in float64.
 
-    Both are (B, ...). Rows are the tokens of a (B, N, C) array, else the images. The relative L2 error of a row is
-    ||a - r|| / max(||r||, ROW_NORM_FLOOR * rms of all ||r||), and that of an element |a - r| / max(|r|, the same norm /
-    sqrt(row length)). NaN and Inf on either side make the errors infinite. Raises ValueError if the shapes differ.
+    The relative L2 error of a row is ||a - r|| / max(||r||, ROW_NORM_FLOOR * rms of all ||r||), and that of an element
+    |a - r| / max(|r|, the same norm / sqrt(row length)). NaN and Inf on either side make the errors infinite.
     """
     if actual.shape != reference.shape:
         raise ValueError(f"shapes differ: {actual.shape} on the device, {reference.shape} on the CPU")
     shape, row_axes, tiny = actual.shape, 2 if actual.ndim == 3 else 1, np.finfo(np.float64).tiny
+    position = lambda flat, shape: tuple(map(int, np.unravel_index(flat, shape)))  # noqa: E731
     a, r = (np.asarray(x, np.float64).reshape(math.prod(shape[:row_axes]), -1) for x in (actual, reference))
     delta = a - r
     error, norm_a, norm_r = (np.sqrt(np.einsum("ij,ij->i", x, x)) for x in (delta, a, r))
@@ -2300,31 +2215,28 @@ def compare(actual: np.ndarray, reference: np.ndarray) -> Difference:
     )
 
 
-def comparison(
-    id: str, found: Difference, tolerance: Tolerance, advice: str = "", what: str = "", row: tuple = ()
-) -> Entry:
+def comparison(id: str, found: Difference, tolerance: Tolerance, advice="", what="", row: tuple = ()) -> Entry:
     """A check that two arrays are equal: a sentence, or with `row` a row of a table. The details are for a bug report.
 
-    what: which arrays were compared. row: the table, its cells before those of the difference, and its cells after them.
+    what: which arrays were compared. row: the table, and its other cells by column.
     """
     mark = tolerance.mark(found.error)
     limit = tolerance.limit(mark)
-    figures = found.max_row, found.max_elem, limit, used_text(found.error, limit)
-    sentence = f"{f'{what}: ' if what else ''}error {found.error:.1e}, limit {limit:.1e}"
+    used, text = used_text(found.error, limit), f"{f'{what}: ' if what else ''}error {found.error:.1e}"
     place = ", token ".join(map(str, found.row_index))
     nan, inf, reference_nan, reference_inf = found.nonfinite
-    problem = f"{f'{what}: ' if what else ''}error {found.error:.1e} > limit {limit:.1e}"
     details = (
         f"WARN above {tolerance.warn:.1e}, FAIL above {tolerance.fail:.1e}; NaN and Inf: device {nan} and {inf},"
         f" reference {reference_nan} and {reference_inf}",
         f"worst row: image {place}; worst element {found.element_index}: device {found.values[0]:.6g},"
         f" reference {found.values[1]:.6g}",
     )
-    more = {"problem": problem, "details": details, "advice": advice, "numeric": True}
-    if row:
-        table, before, after = row
-        return table.entry(mark, id, *before, *figures, *after, **more)
-    return Entry(mark, id, f"{sentence}, used {figures[3]}", **more)
+    more = {"problem": f"{text} > limit {limit:.1e}", "details": details, "advice": advice, "numeric": True}
+    if not row:
+        return Entry(mark, id, f"{text}, limit {limit:.1e}, used {used}", **more)
+    table, others = row
+    cells = dataclasses.asdict(found) | {"batch_err": found.error, "limit": limit, "used": used} | others
+    return table.entry(mark, id, *(cells[name] for name, _ in table.columns), **more)
 
 
 def used_text(error: float, limit: float) -> str:
@@ -2333,10 +2245,6 @@ def used_text(error: float, limit: float) -> str:
         return "0%"
     used = 100 * error / limit if limit else math.inf
     return f"{used:.0f}%" if used < 99999 else f"{used:.0e}%" if math.isfinite(used) else "inf"
-
-
-def position(flat: int, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(map(int, np.unravel_index(flat, shape)))
 
 
 def to_host(output) -> np.ndarray:
@@ -3466,7 +3374,6 @@ THROUGHPUT = Table(34, "images/s:>9.2f", "p50:>7.5g", "p90:>7.5g", "p95:>7.5g", 
                    units=("1/s", "ms", "ms", "ms", "ms", ""))  # fmt: skip
 LATENCY = Table(34, "min:>6.4g", "mean:>6.4g", "max:>6.4g", "launch:>6.4g", "bound:>6", "first_call:>10.0f", "peak:>5.0f",
                 "batches:>7", units=("ms", "ms", "ms", "ms", "", "ms", "MiB", ""))  # fmt: skip
-BAR_WIDTH = 12
 LIMITS_TEXT = (
     "err_fp64: against CPU float64. expected: C. cpu_err: e. max_elem: worst element / 32. WARN above 2 C + 64 e (half"
     " precision: 3 e), FAIL above 4 C + 256 e (6 e)"
@@ -3474,7 +3381,7 @@ LIMITS_TEXT = (
 PUBLISHED = Table(34, "max_abs:>8.1e", "mean_abs:>8.1e", "rel_l2:>8.1e", "nmae:>8.1e", "cosine:>10.7f")
 PROBABILITIES = Table(34, "max_abs:>8.1e", "top1:>5", "inputs:>6")
 CPU_LATENCY = Table(22, "p50_ms:>8.5g", "batch:>5", "threads:>7")
-FASTEST = Table(34, "batch:>5", "images/s:>9.2f", "speedup:>7.2f", "err_fp64:>8.1e", "TFLOP/s:>7.3f", "share:>5.0%", "bar:<1")
+FASTEST = Table(34, "batch:>5", "images/s:>9.2f", "speedup:>7.2f", "err_fp64:>8.1e", "TFLOP/s:>7.3f", "share:>5.0%")
 DEVICES = Table(12, "node:>4", "device:<8", "checks:>6", "failed:>6", "warned:>6", "err_fp64:>8.1e", "chip:<1")
 SPEED = Table(45, "old:>8.2f", "new:>8.2f", "ratio:>5.2f", "old_p50:>7.4g", "new_p50:>7.4g", "allowed:>7.0%")
 

@@ -33,6 +33,12 @@ def times(done):
     return {(name.rpartition(".")[0], int(name.rpartition(".")[2])): cells for name, cells in rows.items()}
 
 
+def timed(forward, images, reference, *arguments):
+    """The Timing of a function on the CPU in float32."""
+    loaded = v.Loaded(**dict.fromkeys(v.Loaded._fields) | {"device": forward, "inputs": images})
+    return v.time_size(small_run(*arguments), v.Outputs(loaded, reference), v.FLOAT32, len(images))
+
+
 def small_run(*arguments):
     options = v.parse_arguments([*REHEARSAL, *map(str, arguments)])
     return v.make_context(options, CPU, v.Ranks(), v.Report(quiet=True))
@@ -71,8 +77,8 @@ def test_the_loop_around_the_batches_costs_nothing():
     with v.torch.inference_mode():
         images = v.torch.randn(2048, 512)
         reference = model(images).numpy()
-        timing = v.time_batches(small_run("--iters", 60), v.FLOAT32, forward, images, reference, 0)
-    assert statistics.median(timing.total_ms) / statistics.median(inside[-60:]) == pytest.approx(1, abs=0.01)
+        timing = timed(forward, images, reference, "--iters", 60)
+    assert statistics.median(timing.total_ms) / statistics.median(inside[-len(timing.total_ms) :]) == pytest.approx(1, abs=0.01)
 
 
 @pytest.mark.timing
@@ -162,15 +168,15 @@ def on_npu(tmp_path, lines, **knobs):
 def test_a_replay_that_is_wrong_fails(tmp_path):
     """The model counts its calls, which a replay cannot know of."""
     lines = """
-calls = [0.0]
-def model(images):
+calls, model = [0.0], v.torch.nn.Identity()
+def forward(images):
     calls[0] = min(calls[0] + 1, 3)
     return images.flatten(1) * calls[0] + 1
-v.captured(model, on_device, device)
+model.forward = forward
+loaded = v.Loaded(**dict.fromkeys(v.Loaded._fields) | {'device': model, 'inputs': images})
 correct = (images.flatten(1) * 3 + 1).numpy()
 for reference in (correct, correct + 1):
-    replay = v.captured(model, on_device, device)
-    timing = v.time_batches(context, v.MODES['float32+graph'], replay, on_device, reference, 0)
+    timing = v.time_size(context, v.Outputs(loaded, reference), v.MODES['float32+graph'], 2)
     checked = v.Precision('embedding', {}, {'float32': v.Tolerance(1e-5, 1e-4)}, {}, [])
     print('outcome', list(v.judge_timed_outputs([timing], checked))[0].mark)
 """
@@ -225,8 +231,8 @@ def test_the_warm_up_goes_on_until_the_latency_is_steady_and_0_means_none():
         return images
 
     images = v.torch.ones(1, 3)
-    timing = v.time_batches(small_run("--warmup", 1, "--iters", 20), v.FLOAT32, forward, images, images.numpy(), 0)
+    timing = timed(forward, images, images.numpy(), "--warmup", 1, "--iters", 20)
     assert timing.steady and statistics.median(timing.total_ms) < 10 < timing.first_ms
     calls.clear()
-    v.time_batches(small_run("--warmup", 0, "--iters", 20), v.FLOAT32, forward, images, images.numpy(), 0)
+    timed(forward, images, images.numpy(), "--warmup", 0, "--iters", 20)
     assert len(calls) == 21, "the first call, and the timed ones"

@@ -207,7 +207,7 @@ def problems(values, expected=(1, 8)):
 
 def test_a_healthy_output_passes_and_its_row_has_its_figures():
     assert problems(VALUES) == []
-    entry = v.judge_record("outputs.embedding", VALUES, [], None, LIMIT)
+    entry = v.judge_record("outputs.embedding", VALUES, [], [], LIMIT)
     shown = cells(v.OUTPUTS, entry)
     assert entry.mark == PASS and (shown["shape"], shown["batch_err"], shown["limit"]) == ("Bx8", "-", "-")
     figures = [float(shown[name]) for name in ("min", "max", "mean", "std")]

@@ -121,7 +121,7 @@ def judged(loaded, output, e, cost, bad_modules=True, name="logits"):
     references = loaded.references._replace(errors={name: e}, costs={name: cost})
     least_fail = 0.0 if bad_modules else v.UNEXPLAINED
     unit = v.Unit(cost, e, v.fp32_tolerance(e, cost))
-    return v.judge_output(references, least_fail, name, "float32", (references.expected[name] * output,), unit)
+    return v.judge_output(references, least_fail, name, v.FLOAT32, [references.expected[name] * output], unit)
 
 
 @pytest.mark.parametrize("output", [1.0, math.nan, math.inf])
@@ -722,7 +722,7 @@ def test_a_device_that_equals_the_cpu_bit_for_bit_although_it_reduces_convolutio
     context, loaded = after_model_stage("--model", model)
     documented = {"convolution": precision, "matmul": "float32"}
     npu = dataclasses.replace(context, device=torch.device("cuda"), documented=documented)
-    outputs = {name: (output * np.float32(factor),) for name, output in loaded.references.float32.items()}
+    outputs = {name: output * np.float32(factor) for name, output in loaded.references.float32.items()}
     assert marks(v.explain_precision(npu, loaded, {v.FLOAT32: outputs}, {})) == (
         {"precision.is_device": WARN} if warned else {}
     )

@@ -168,7 +168,7 @@ def whole_log(report, path):
 
     def precision():
         yield from v.PRECISION.header()
-        rows = [(v.PRECISION, (1e-5, expected, 1e-6), ()) for expected in (0.0, None)]
+        rows = [(v.PRECISION, {"err_fp64": 1e-5, "expected": expected, "cpu_err": 1e-6}) for expected in (0.0, None)]
         yield v.comparison("precision.tokens.float32", differs_by(1e-5), LIMITS, row=rows[0])
         yield v.comparison("precision.logits.float32", differs_by(math.nan), LIMITS, row=rows[1])
         yield v.PRECISION.note(SKIP, "precision.strict", "the device does not support it " * 9)
