@@ -375,7 +375,8 @@ def judge_probe(probe: Probe, context: Context) -> Iterator[Entry]:
              if precision and precision.bits < DOCUMENTED.get(context.documented[kind], EXACT).bits]  # fmt: skip
     if fewer:
         problem = f"{', '.join(fewer)} keeps fewer bits than the settings and the chip's documentation promise"
-        yield Entry(WARN, "device.fewer_bits", problem, advice=f"find what sets it: {REDUCED_FP32.get(context.device.type, '')}")
+        advice = "find what sets it: allow_hf32, allow_tf32, torch.npu.matmul.cube_math_type"
+        yield Entry(WARN, "device.fewer_bits", problem, advice=advice)
     error, tolerance = probe.gelu_error, TOLERANCES["gelu"]
     mark = tolerance.mark(error)
     text = f"max abs {error:.1e} from the {probe.gelu_form} form, limit {tolerance.warn:.1e}"
@@ -1120,7 +1121,7 @@ def outputs_stage(context: Context, loaded: Loaded) -> Stage[Outputs]:
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-                yield Entry(WARN, f"outputs.batch.{batch}", OUT_OF_MEMORY, advice=free_memory(device))
+                yield Entry(WARN, f"outputs.batch.{batch}", OUT_OF_MEMORY, advice=FREE_MEMORY)
             if again is None:
                 require_working(device, f"it ran out of memory with batch size {batch}")
                 continue
@@ -1948,7 +1949,7 @@ def forward_pass(context: Context, mode: Mode, model: torch.nn.Module, inputs: t
         stack.enter_context(torch.no_grad() if mode.compiled else torch.inference_mode())  # torchair needs no_grad
         if mode.graph or mode.compiled:
             stack.enter_context(constant_rope(model))
-            stack.enter_context(without_internal_formats(context.device))
+            forbid_internal_formats(context.device, stack)
         if mode.compiled:
             stack.callback(torch.compiler.reset)  # frees memory, and else each call checks the guards of all shapes
             program = compiled(context, mode, model, inputs)
@@ -2040,7 +2041,7 @@ def timing_entry(timing: Timing, context: Context, table: str = "throughput") ->
     id = f"{table}.{timing.name}"
     if timing.problem == OUT_OF_MEMORY:  # with --batch-sizes auto the search ends like this
         mark = WARN if context.options.batch_sizes else VARIES
-        return THROUGHPUT.note(mark, id, OUT_OF_MEMORY, advice=free_memory(context.device))
+        return THROUGHPUT.note(mark, id, OUT_OF_MEMORY, advice=FREE_MEMORY)
     if timing.problem:
         return THROUGHPUT.note(timing.mark, id, timing.problem, advice=device_log(context.device))
     return THROUGHPUT.entry(VARIES, id, *(None if math.isnan(figure) else figure for figure in timing.figures.values()))
@@ -2101,7 +2102,8 @@ def fastest_modes(context: Context, flops: int | None, groups: list, errors: dic
         rate = flops and flops * timing.throughput / 1e12
         share = rate / peak if rate and peak and timing.mode.in_half else None
         speedup, error = timing.throughput / best[0].throughput, errors.get(timing.mode.base)
-        cells = timing.batch, timing.throughput, speedup, error, rate, share
+        bar = "#" * round(BAR_WIDTH * timing.throughput / max(other.throughput for other in best))
+        cells = timing.batch, timing.throughput, speedup, error, rate, share, bar
         yield FASTEST.entry(VARIES, f"throughput.best.{timing.mode.name}", *cells)
     yield FASTEST.legend("fastest batch size of each mode. share: of the chip's float16 peak")
     if fastest := fastest_within(context, sum(groups, []), errors):
@@ -2283,23 +2285,17 @@ class Log:
         for line in lines[1:]:
             if line.startswith(("[failures]", "[comparison]", "[summary]")):
                 break
-            match = LINE.fullmatch(line)
-            if match is None and last and line[1:INDENT].isspace():  # the continuation of a line
+            if match := LINE.fullmatch(line):
+                mark, last, self.texts[match[2]] = match[1], match[2], match[3] or ""
+                columns = match[3].split() if last == "id" else columns
+                if mark in OUTCOMES:
+                    self.marks[last] = mark
+            elif last and line[1:INDENT].isspace():  # the continuation of a line
                 self.texts[last] += f" {line[1:].strip()}"
-                if last in self.rows:
-                    self.rows[last].update(zip(columns, self.texts[last].split()))
-                continue
-            if match is None:  # a title, or the legend of a table
+            else:  # a title, or the legend of a table
                 columns, last = [], ""
-                continue
-            mark, id, text = match[1].strip(), match[2], match[3] or ""
-            if id == "id":
-                columns = text.split()
-            elif columns and not text.startswith("("):  # a row
-                self.rows.setdefault(id, {}).update(zip(columns, text.split()))
-            self.texts[id], last = text, id
-            if mark in OUTCOMES:
-                self.marks[id] = mark
+            if columns and last != "id" and not self.texts[last].startswith("("):  # a row
+                self.rows.setdefault(last, {}).update(zip(columns, self.texts[last].split()))
 
     @classmethod
     def read(cls, path: str) -> Log:
@@ -2319,18 +2315,17 @@ class Log:
     @property
     def speeds(self) -> dict[str, dict[str, float]]:
         """The rows of the tables of throughput, of all devices: figures by column."""
-        rows = {id: cells for id, cells in self.rows.items()
+        return {id: {name: number(cells[name]) for name in SPEED_COLUMNS} for id, cells in self.rows.items()
                 if set(SPEED_COLUMNS) <= cells.keys() and not id.startswith(TOGETHER)}  # fmt: skip
-        return {id: {name: number(cells[name]) for name in SPEED_COLUMNS} for id, cells in rows.items()}
 
 
 def compare_logs(old: Log, new: Log, options: argparse.Namespace) -> Stage[None]:
     """Checks whose outcome, errors that, and throughput that became worse."""
-    rank = OUTCOMES.index
-    changed = [f"{id}: {old.texts.get(id, '-')} -> {new.texts.get(id, '-')}" for id in EXPERIMENT if old.texts.get(id) != new.texts.get(id)]
+    facts = ((id, old.texts.get(id, "-"), new.texts.get(id, "-")) for id in EXPERIMENT)
+    changed = [f"{id}: {before} -> {after}" for id, before, after in facts if before != after]
     missing = [id for id in [*old.marks, *old.speeds] if id not in new.marks and id not in new.speeds]
     worse = [f"{id}: {old.marks.get(id, 'new')} -> {mark}" for id, mark in new.marks.items()
-             if rank(mark) > rank(old.marks.get(id, SKIP))]  # fmt: skip
+             if OUTCOMES.index(mark) > OUTCOMES.index(old.marks.get(id, SKIP))]  # fmt: skip
     before, after = old.speeds, new.speeds
     speeds = {id: compare_speed(before[id], after[id], options.max_slowdown) for id in before if id in after}
     yield from SPEED.header()
@@ -2364,8 +2359,7 @@ def grown_errors(old: Log, new: Log) -> Iterator[str]:
 def compare_speed(old: dict[str, float], new: dict[str, float], max_slowdown: float) -> tuple[tuple, str]:
     """Cells of the table SPEED, and FAIL if the new run is slower, WARN if it seems slower and cannot be judged.
 
-    max_slowdown: percent that throughput may fall, beyond half the sum of the two spreads. One batch in a hundred may
-    take thirty times as long: only if p50 and p90 show the slowdown as well is the device slower. A median that rose by
+    One batch in a hundred may take thirty times as long, so p50 and p90 must be slower as well. A median that rose by
     more than both spreads is slower, however large they are. Rows of few batches have no p50, p90 and iqr: NaN.
     """
     allowed = max_slowdown / 100 + (old["iqr"] + new["iqr"]) / 2
@@ -2411,8 +2405,7 @@ TEXTS = {
     "accuracy_note": ("误差取最差的图像。strict（关闭 HF32）、float32 等列：与 CPU float64 对比的判定，括号内为误差占限值的百分比。",
                       "Errors are those of the worst image. Columns strict (without HF32), float32, ...: the check against CPU"
                       " float64, with the error in percent of its limit."),
-    "accuracy_none": ("日志中没有精度数据。", "The log has no figures of precision."), "performance": ("性能", "Performance"),
-    "mode": ("方式", "mode"), "batch": ("批大小", "batch size"), "images/s": ("吞吐量（图像/秒）", "images/s"),
+    "performance": ("性能", "Performance"), "mode": ("方式", "mode"), "batch": ("批大小", "batch size"), "images/s": ("吞吐量（图像/秒）", "images/s"),
     "mean_ms": ("平均（毫秒/批）", "mean (ms)"), "p50": ("P50（毫秒）", "p50 (ms)"), "p99": ("P99（毫秒）", "p99 (ms)"),
     "ms_per_image": ("毫秒/图像", "ms per image"), "speedup": ("对 CPU 加速比", "speed-up over the CPU"),
     "peak": ("显存峰值（MiB）", "peak memory (MiB)"), "batches": ("计时批数", "timed batches"),
@@ -2432,14 +2425,6 @@ FACTS = {"environment": {"npu": "device.name", "date": "run.date", "software": "
          "subject": {label: f"model.{label}" for label in ("size", "preprocessing", "weights", "weights_sha256", "inputs_sha256")}}
 NOTES = ("model.fallback", "precision.fewer_bits", "precision.switches",  # beginnings of ids
          *(f"throughput.{name}" for name in ("host_bound", "doubtful", "not_steady", "saturated.", "copy", "fastest", "sustained.tenths")))
-
-
-def experiment(log: Log) -> argparse.Namespace:
-    """The options of the run. Raises CannotRun if its command is damaged."""
-    try:
-        return parse_arguments(shlex.split(log.texts["run.command"])[1:])
-    except (KeyError, ValueError, CannotRun, SystemExit) as error:
-        raise CannotRun(f"the command in the log {log.name} cannot be read: make a new log") from error
 
 
 def rows_of(log: Log, start: str, column: str) -> dict[str, tuple[str, dict[str, str]]]:
@@ -2472,8 +2457,12 @@ def report_rows(log: Log) -> dict[str, dict[str, dict[str, str]]]:
 
 
 def content(log: Log) -> dict:
-    """All that the report holds, as texts and cells of the log: section -> label -> text, or cells by column."""
-    options, texts, cpu = experiment(log), log.texts, log.rows.get("model.cpu_latency", {})
+    """All that the report holds: section -> label -> text, or cells by column. Raises CannotRun for a damaged log."""
+    texts, cpu = log.texts, log.rows.get("model.cpu_latency", {})
+    try:
+        options = parse_arguments(shlex.split(texts["run.command"])[1:])
+    except (KeyError, ValueError, CannotRun, SystemExit) as error:
+        raise CannotRun(f"the command in the log {log.name} cannot be read: make a new log") from error
     kind, random = options.device.partition(":")[0], options.weights == "random"
     limits = {"dry_run": kind == "cpu", "other_device": kind not in ("cpu", "npu"), "random_weights": random,
               "emulated": "emulated" in texts.get("device.software", ""), "skipped": SKIP in log.marks.values()}  # fmt: skip
@@ -2488,7 +2477,7 @@ def content(log: Log) -> dict:
                              "hub": "export HF_ENDPOINT=https://hf-mirror.com" if options.weights == "pretrained" else "",
                              "command": f"{launcher} {texts['run.command']}"}  # fmt: skip
     found |= report_rows(log)
-    starts = "precision.first_values.", *["precision.image."] * (not random)
+    starts = ("precision.first_values.",) if random else ("precision.first_values.", "precision.image.")
     found["inference"] |= {id.removeprefix("precision."): text for id, text in texts.items() if id.startswith(starts)}
     cells = log.rows.get("precision.probabilities", {})
     found["accuracy"] |= {"probabilities": cells.get("max_abs"), "top1": cells and f"{cells['top1']}/{cells['inputs']}"}
@@ -2497,13 +2486,12 @@ def content(log: Log) -> dict:
     if NO_ACCURACY & set(limits):
         found["accuracy"] = {}
     found["performance"] |= {"p50_ms": cpu.get("p50_ms"), "threads": cpu.get("threads"), "warmup": str(options.warmup)}
-    found["notes"] = {}
-    for id in [id for outcome in (FAIL, WARN, SKIP) for id, mark in log.marks.items() if mark == outcome]:
-        row = ", ".join(f"{key} {value}" for key, value in log.rows.get(id, {}).items())
-        found["notes"][id] = f"{log.marks[id]} {row or texts[id]}"
+    listed = [id for outcome in (FAIL, WARN, SKIP) for id, mark in log.marks.items() if mark == outcome]
+    rows = {id: ", ".join(f"{key} {value}" for key, value in log.rows.get(id, {}).items()) for id in listed}
+    found["notes"] = {id: f"{log.marks[id]} {rows[id] or texts[id]}" for id in listed}
     found["notes"] |= {id: text for id, text in texts.items() if id.startswith(NOTES) and log.marks.get(id, PASS) == PASS}
-    head = {"version": VERSION, "log": log.name, "result": log.result, "statements": [log.result.split()[1], *limits]}
-    head |= {"images": seeds + int(texts.get("model.images", 0)), "random_images": seeds}
+    head = {"version": VERSION, "log": log.name, "result": log.result, "statements": [log.result.split()[1], *limits],
+            "images": seeds + int(texts.get("model.images", 0)), "random_images": seeds}  # fmt: skip
     return head | {section: {label: row for label, row in rows.items() if row} for section, rows in found.items()}
 
 
@@ -2516,26 +2504,22 @@ def section_lines(section: str, found: list[dict], logs: list[str], text: Callab
     """Tables of one section. Of several logs each has a column, and each cell of their tables a row."""
 
     def table(header: list[str], rows: Iterable[list[str]]) -> Iterator[str]:
-        for cells in (header, None, *rows):
-            yield f"| {' | '.join(map(escape, cells) if cells else ['---'] * len(header))} |"
+        for cells in (header, ["---"] * len(header), *rows):
+            yield f"| {' | '.join(map(escape, cells))} |"
         yield ""
 
-    grids, flat = [{label: row for label, row in rows.items() if isinstance(row, dict)} for rows in found], [{} for _ in found]
-    if len(found) > 1:
-        for column, grid in zip(flat, grids):
-            column |= {f"{label}: {text(key)}": cell for label, row in grid.items() for key, cell in row.items()
-                       if key not in ("mode", "batch")}  # fmt: skip
-    elif grids[0]:
-        columns = [*dict.fromkeys([*COLUMNS[section], *itertools.chain(*grids[0].values())])]
-        columns = [column for column in columns if any(column in row for row in grids[0].values())]
+    grid = {label: row for label, row in found[0].items() if isinstance(row, dict)} if len(found) == 1 else {}
+    if grid:
+        columns = [*dict.fromkeys(itertools.chain(COLUMNS[section], *grid.values()))]
+        columns = [column for column in columns if any(column in row for row in grid.values())]
         key = [] if section == "performance" else ["output"]  # its key is in two columns, mode and batch
-        cells = ([*[label] * len(key), *(row.get(column, "-") for column in columns)] for label, row in grids[0].items())
+        cells = ([*[label] * len(key), *(row.get(column, "-") for column in columns)] for label, row in grid.items())
         yield from table([text(column) for column in key + columns], cells)
-    labels = dict.fromkeys(itertools.chain(*flat))
-    for column, rows in zip(flat, found):
-        column |= {text(label): row for label, row in rows.items() if isinstance(row, str)}
-    labels |= dict.fromkeys(itertools.chain(*flat))
-    if labels:
+    flat = [{text(label): row for label, row in rows.items() if isinstance(row, str)} for rows in found]
+    for column, rows in zip(flat, found if len(found) > 1 else ()):
+        column |= {f"{label}: {text(key)}": cell for label, row in rows.items() if isinstance(row, dict)
+                   for key, cell in row.items() if key not in ("mode", "batch")}  # fmt: skip
+    if labels := dict.fromkeys(itertools.chain(*flat)):
         header = [text("item"), *(logs if len(logs) > 1 else [text("value")])]
         yield from table(header, ([label, *(column.get(label, "-") for column in flat)] for label in labels))
 
@@ -2561,16 +2545,14 @@ def markdown(contents: list[dict], language: str) -> Iterator[str]:
         yield from (f"### {text(section)}", "")
         if section == "reproduction":
             for lines in dict.fromkeys(tuple(rows.values()) for rows in found):
-                fence = "`" * max(3, 1 + max(map(len, re.findall("`+", lines[-1])), default=0))
-                yield from (f"{fence}bash", *lines, fence, "")
+                yield from ("~~~bash", *lines, "~~~", "")
         elif any(found):
             yield from section_lines(section, found, logs, text)
             yield from (text(f"{section}_note"), "") if f"{section}_note" in TEXTS else ()
         else:
             why = text("separator").join(text(limit) for limit in sorted(NO_ACCURACY & limits))
-            yield from (why or text("accuracy_none"), "") if section == "accuracy" else ("-", "")
-    results = (f"{each['log']}: {each['result']}" for each in contents)
-    yield text("made").format(VERSION) + escape("; ".join(results))
+            yield from (why if why and section == "accuracy" else "-", "")
+    yield text("made").format(VERSION) + escape("; ".join(f"{each['log']}: {each['result']}" for each in contents))
     yield from () if NO_NPU & limits else ("", "#+NPU")
 
 
@@ -2581,9 +2563,8 @@ def publication(options: argparse.Namespace) -> int:
     except CannotRun as problem:
         warn_user(f"error: {problem}")
         return 2
-    if options.json:
-        print_line(json.dumps(contents, ensure_ascii=False, indent=1))
-    for line in () if options.json else markdown(contents, options.language):
+    as_json = [json.dumps(contents, ensure_ascii=False, indent=1)]
+    for line in as_json if options.json else markdown(contents, options.language):
         print_line(line)
     return 0
 
@@ -2595,10 +2576,7 @@ class RanksLost(Exception):
 
 
 class Ranks:
-    """The processes that torchrun started, one for each device, as seen from this one. Without torchrun, a single rank.
-
-    They communicate through torchrun's store, which also knows the ranks that have not reached a step.
-    """
+    """The processes that torchrun started, one for each device. They communicate through its store. Without it: one."""
 
     def __init__(self) -> None:
         torchrun = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}  # a cluster may set WORLD_SIZE without it
@@ -2613,18 +2591,14 @@ class Ranks:
         if self.size == 1:
             return
         report.quiet = self.rank > 0  # until here each process prints its own errors
-        is_server = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         try:
-            address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            store = torch.distributed.TCPStore(*address, self.size, is_server)
+            self.store, _, _ = next(torch.distributed.rendezvous("env://"))
         except RuntimeError as error:
             raise CannotRun(f"torchrun's processes cannot connect to each other: {first_line(error)}") from error
-        self.store = torch.distributed.PrefixStore("validate_npu", store)
 
     def device_name(self, name: str) -> str:
         if self.size > 1 and ":" in name:
-            use = f"--device {name.split(':')[0]}, without an index"
-            raise CannotRun(f"under torchrun each process uses the device of its LOCAL_RANK: {use}")
+            raise CannotRun("under torchrun each process uses the device of its LOCAL_RANK: --device takes no index")
         return name if self.size == 1 or name == "cpu" else f"{name}:{self.local_rank}"
 
     def gather(self, step: str, value=None) -> list:
@@ -2766,14 +2740,12 @@ def judge_agreement(results: list[RankResult], tolerance: Tolerance) -> Entry:
 # The product family, in the words of the hubs, and TFLOP/s of the matrix unit in float16 (cores x MHz x 8192 of CANN's
 # platform_config), by the beginning of a chip's name. A 910C is two of these devices.
 CHIPS = {
-    **dict.fromkeys(("Ascend910B1", "Ascend910_939"), ("Atlas A2", 363.7)),
-    **dict.fromkeys(("Ascend910B2", "Ascend910_938"), ("Atlas A2", 353.9)),
-    **dict.fromkeys(("Ascend910B3", "Ascend910_937"), ("Atlas A2", 294.9)),
-    **dict.fromkeys(("Ascend910B4", "Ascend910_936"), ("Atlas A2", 245.8)),
-    "Ascend950": ("Atlas 350", None), "Ascend310P1": ("Atlas 300I", 86.8), "Ascend310P3": ("Atlas 300I", 69.5),
-    "Ascend310P5": ("Atlas 300I", 52.4), "Ascend310P7": ("Atlas 300I", 36.0),
+    "Ascend910B1": ("Atlas A2", 363.7), "Ascend910_939": ("Atlas A3", 363.7), "Ascend310P1": ("Atlas 300I", 86.8),
+    "Ascend910B2": ("Atlas A2", 353.9), "Ascend910_938": ("Atlas A3", 353.9), "Ascend310P3": ("Atlas 300I", 69.5),
+    "Ascend910B3": ("Atlas A2", 294.9), "Ascend910_937": ("Atlas A3", 294.9), "Ascend310P5": ("Atlas 300I", 52.4),
+    "Ascend910B4": ("Atlas A2", 245.8), "Ascend910_936": ("Atlas A3", 245.8), "Ascend310P7": ("Atlas 300I", 36.0),
+    "Ascend950": ("Atlas 350", None),
 }  # fmt: skip
-CHIPS = {name: ("Atlas A3" if "_93" in name else family, peak) for name, (family, peak) in CHIPS.items()}
 # Environment variables that change numbers or speed (torch_npu's list): printed if they are set.
 ENVIRONMENT = """
     TASK_QUEUE_ENABLE PER_STREAM_QUEUE STREAMS_PER_DEVICE COMBINED_ENABLE ASCEND_LAUNCH_BLOCKING CPU_AFFINITY_CONF
@@ -2785,64 +2757,49 @@ ENVIRONMENT = """
     MSMONITOR_USE_DAEMON KINETO_USE_DAEMON
 """.split()
 # Where CANN writes its log, the first that is set.
-LOG_FOLDER = os.environ.get("ASCEND_PROCESS_LOG_PATH") or os.path.join(
-    os.environ.get("ASCEND_WORK_PATH") or os.path.join("~", "ascend"), "log"
-)
+LOG_FOLDER = os.environ.get("ASCEND_PROCESS_LOG_PATH") or f"{os.environ.get('ASCEND_WORK_PATH') or '~/ascend'}/log"
+SEE_LOG, RESET = f"see {LOG_FOLDER} for the operator", "check npu-smi info, then reset the device"
+FREE_MEMORY = "use smaller --batch-sizes, or free the device"
 # Error codes that torch_npu reports, with what to do: of ACL (CANN, rt_error_codes.h), and 161xxx and 561xxx of aclnn.
-MEMORY_BROKEN = "the device memory is broken: take it out of use"
-SEE_LOG = f"see {LOG_FOLDER} for the operator"
-RESET = "check npu-smi info, then reset the device"
-KERNELS_MISSING = "CANN's kernel package for this chip is not installed, or ASCEND_OPP_PATH is not set"
 ERROR_CODES = {
-    107001: "the device id is not valid: check --device and ASCEND_RT_VISIBLE_DEVICES",
-    107002: "no device was set in this thread: a bug in this script, please report it",
     107030: "it copies between host and device, or waits for the device",
     107041: "a call that waits for the device cannot be captured",
-    **dict.fromkeys((207001, 207018), f"{OUT_OF_MEMORY}: use smaller --batch-sizes, or free the device"),
+    **dict.fromkeys((207001, 207018), f"{OUT_OF_MEMORY}: {FREE_MEMORY}"),
     **dict.fromkeys((500001, 500002), "CANN's compiler failed: its Python packages (decorator, attrs, psutil, scipy,"
                     " cloudpickle, numpy below 2) must be installed here"),
-    507008: "the SoC could not be read: is the device used by another container? check npu-smi info",
-    507010: f"the device no longer answers: {RESET}",
-    507014: f"an AI Core timed out: {SEE_LOG}",
-    507015: f"an AI Core failed: {SEE_LOG}",
+    **dict.fromkeys((507010, 507901), f"the device no longer answers: {RESET}"),
+    **dict.fromkeys((507014, 507034), f"an AI Core timed out: {SEE_LOG}"),
+    **dict.fromkeys((507015, 507035), f"an AI Core failed: {SEE_LOG}"),
     **dict.fromkeys((507017, 507018), f"an AI CPU timed out or failed: {SEE_LOG}"),
     507033: f"the device does not start: {RESET}",
-    507034: f"a vector core timed out: {SEE_LOG}",
-    507035: f"a vector core failed: {SEE_LOG}",
-    **dict.fromkeys((507053, 507054, 507055), f"uncorrectable memory error: {MEMORY_BROKEN}"),
-    **dict.fromkeys((507056, 507057), "the link to the memory of another device failed: check the devices with npu-smi info"),
+    **dict.fromkeys((507053, 507054, 507055), "the device memory is broken: take it out of use"),
+    507008: "the SoC could not be read: is the device used by another container? check npu-smi info",
     507899: "the driver failed: check the driver with npu-smi info, and dmesg",
-    507901: f"the connection to the device broke: {RESET}",
     **dict.fromkeys((161001, 161002), "the operator does not take these arguments: a type that this chip lacks?"),
-    **dict.fromkeys((561003, 561107, 561112), KERNELS_MISSING),
+    **dict.fromkeys((561003, 561107, 561112), "CANN's kernel package for this chip is not installed"),
 }  # fmt: skip
-# CANN's own reason in torch_npu's message. "EZ9999: Inner Error!" has no content, the line below it has.
-CANN_REASON = r"HBM MULTI BIT ECC ERROR|\bE[A-Z]\d{4}: (?!Inner Error).+"
+ASCEND = "/usr/local/Ascend"
 SET_ENV = "source /usr/local/Ascend/cann/set_env.sh (before CANN 8.5: /usr/local/Ascend/ascend-toolkit/set_env.sh)"
 # Patterns of the error of `import torch_npu`, and what they mean. {0[1]} is the group of the pattern.
 IMPORT_ERRORS = {
     "No module named 'torch_npu'": "torch_npu is not installed: {install}",
     r"No module named 'torch_npu\.": "this torch_npu is broken, or made for another Python: pip install"
     " --force-reinstall --no-deps torch-npu=={npu}",
-    r"No module named '(tbe|te|acl)\b": "{0[1]} is a part of CANN: " + SET_ENV,
+    r"No module named '(tbe|te|acl)\b": "{0[1]} is a part of CANN: {env}",
     "No module named 'yaml'": "torch_npu needs yaml: pip install pyyaml",
     r"No module named '([\w.]+)'": "torch_npu needs {0[1]}: pip install {0[1]}",
-    r"libascend_hal\.so": "the Ascend driver is missing (libascend_hal.so): install it, or mount"
-    " /usr/local/Ascend/driver into the container",
-    r"(lib\w+\.so)[\w.]*: cannot open shared object": "CANN is not installed, or its environment is not set ({0[1]} not"
-    " found): " + SET_ENV,
+    r"libascend_hal\.so": "the Ascend driver is missing (libascend_hal.so): install it, or mount it into the container",
+    r"(lib\w+\.so)\S* cannot open": "CANN is not installed, or its environment is not set ({0[1]} not found): {env}",
     r"(/\S+)[^/]*cannot allocate memory in static TLS": "its libgomp must be loaded first: export LD_PRELOAD={0[1]}",
-    "ASCEND_HOME_PATH|ASCEND_OPP_PATH|CANN|set_env": "CANN's environment is not set, or of another place ({error}): "
-    + SET_ENV,
+    r"ASCEND_\w+_PATH|CANN|set_env": "CANN's environment is not set, or of another place ({error}): {env}",
     "Two accelerators|compiled with CUDA": "this torch is built for another accelerator, and torch_npu needs the CPU"
     " build: {install}",
     "": "torch_npu {npu} does not import next to torch {version}; they must be the same version, and match CANN"
     " ({error}): {install}",
 }  # fmt: skip
-# CANN -> the newest pair of torch and torch_npu for it (COMPATIBILITY.md of Ascend/pytorch).
-PAIRS = {"8.5": ("2.9.0", "2.9.0"), "9.0": ("2.10.0", "2.10.0"), "9.1": ("2.12.0", "2.12.0")}
-CPU_BUILDS = "https://download.pytorch.org/whl/cpu"
-ASCEND = "/usr/local/Ascend"
+# CANN -> the newest version of torch and torch_npu for it (COMPATIBILITY.md of Ascend/pytorch).
+TORCH_VERSIONS = {"8.5": "2.9.0", "9.0": "2.10.0", "9.1": "2.12.0"}
+CANN_FILES = "share/info/runtime/version.info", "*-linux/ascend_toolkit_install.info", "ascend_toolkit_install.info"
 # Backends of torch.compile, the preferred first; those that capture graphs; the folders of torch_npu that they need.
 NPU_COMPILERS, NPU_GRAPHS = ("npugraph_ex", "inductor", "npugraphs"), ("npugraph_ex", "npugraphs")
 COMPILER_FOLDERS = {"npugraph_ex": "dynamo/npugraph_ex", "npu": "dynamo/torchair", "mlir": "_inductor/ascend_npu_ir",
@@ -2851,11 +2808,7 @@ COMPILER_FOLDERS = {"npugraph_ex": "dynamo/npugraph_ex", "npu": "dynamo/torchair
 HOST_STAGED = {"_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa", "_upsample_nearest_exact1d",
                "_upsample_nearest_exact2d", "_upsample_nearest_exact3d", "logit", "sinc", "polar", "complex",
                "_masked_softmax", "adaptive_max_pool3d", "scatter_reduce"}  # fmt: skip
-# What sets reduced-precision float32, and what avoids each part of the expected cost.
-REDUCED_FP32 = {
-    "npu": "torch.npu.matmul.allow_hf32, torch.npu.conv.allow_hf32, torch.npu.matmul.cube_math_type",
-    "cuda": "torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32",
-}
+# What avoids each part of the expected cost.
 AVOIDED = {
     "HF32": " (avoided by torch.npu.conv.allow_hf32 = False)",
     "TF32": " (avoided by torch.backends.cudnn.allow_tf32 = False)",
@@ -2899,8 +2852,7 @@ HUB_ERRORS = {
     r"\b429\b": "the hub limits the number of requests: wait some minutes, or set HF_TOKEN",
     "headers of a hub": "the mirror or a proxy drops them: use another HF_ENDPOINT, or none",
     "LocalEntryNotFound|OfflineMode": "unset HF_HUB_OFFLINE if it is set, or run again",
-    "KeyError: 'architecture'": "its config.json names no architecture of timm (transformers has other ones): use"
-    " --model with a name of timm, and this folder with --weights",
+    "KeyError: 'architecture'": "its config.json names no architecture of timm: use --model NAME --weights FOLDER",
     "Server [Ee]rror": "the hub has a failure of its own: run again later",
     "Timeout|Connect|Protocol|ReadError|ProxyError|ChunkedEncoding|URLError|Consistency check": STORAGE,
 }
@@ -2908,10 +2860,7 @@ DRY_RUN = " (for a dry run without an NPU: --device cpu)"
 
 
 def find_device(name: str) -> torch.device:
-    """The torch.device of --device, with an index, ready for use. Raises CannotRun with the cause.
-
-    torch.npu.is_available() is True for a device that does not start. So the first operators run here.
-    """
+    """The torch.device of --device, with an index, which runs an operator. Raises CannotRun with the cause."""
     kind, _, index = name.partition(":")
     if kind == "cpu":
         return torch.device("cpu")
@@ -2921,12 +2870,12 @@ def find_device(name: str) -> torch.device:
         count = torch.get_device_module(kind).device_count()
     except RuntimeError as error:
         raise CannotRun(f"torch {torch.__version__} has no device of the kind {kind!r}: npu, cuda, cpu?") from error
-    if not count:
+    number = int(index or 0)
+    if number >= count:
         advice = ": check npu-smi info, the container's devices and ASCEND_RT_VISIBLE_DEVICES" if kind == "npu" else ""
-        raise CannotRun(f"no {kind} device is visible to torch {torch.__version__}{advice}{DRY_RUN}")
-    if int(index or 0) >= count:
-        raise CannotRun(f"there is no {name}: {count} {kind} device(s) visible, {kind}:0 to {kind}:{count - 1}")
-    device = torch.device(kind, int(index or 0))
+        visible = f"{count} {kind} device(s) visible to torch {torch.__version__}"
+        raise CannotRun(f"there is no {kind}:{number}: {visible}{advice}{DRY_RUN}")
+    device = torch.device(kind, number)
     try:
         torch.accelerator.set_device_index(device.index)
         torch.ones(1, device=device).add_(1)
@@ -2938,9 +2887,9 @@ def find_device(name: str) -> torch.device:
 
 def find_npu() -> None:
     """Import torch_npu, which registers "npu" with torch. Raises CannotRun with the cause of a failure."""
-    version = torch.__version__.split("+")[0]
     from importlib.metadata import distributions
 
+    version = torch.__version__.split("+")[0]
     npu = next((found.version for found in distributions(name="torch-npu")), "")
     try:
         # Next to a CUDA build torch_npu raises this itself up to 2.13. From 2.14 on it aborts the process instead.
@@ -2950,29 +2899,25 @@ def find_npu() -> None:
     except Exception as error:  # its check of CANN's environment raises a plain one, a broken file a SyntaxError
         found = ((re.search(pattern, str(error)), cause) for pattern, cause in IMPORT_ERRORS.items())
         match, cause = next((match, cause) for match, cause in found if match)
-        cause = cause.format(match, version=version, npu=npu, error=describe(error), install=install_command())
+        more = {"error": describe(error), "install": install_command(), "env": SET_ENV}
+        cause = cause.format(match, version=version, npu=npu, **more)
         raise CannotRun(cause + DRY_RUN) from error
 
 
 def install_command() -> str:
     """The command that installs torch's CPU build and the torch_npu for the CANN of this host."""
-    cann = cann_version()
-    torch_version, npu = PAIRS.get(".".join(cann.split(".")[:2]), ("", ""))
-    pair = f"torch=={torch_version} torch-npu=={npu} " if npu else ""
-    note = f"(README lists torch and torch_npu for CANN {cann}) " if cann and not npu else ""
-    return f"{note}pip install {pair}-r requirements.txt --extra-index-url {CPU_BUILDS}"
-
-
-def cann_version(*places: str) -> str:
-    """The version in a file of CANN, by default that of the toolkit; "" if there is none."""
-    homes = os.environ.get("ASCEND_HOME_PATH"), f"{ASCEND}/cann", f"{ASCEND}/ascend-toolkit/latest"
-    toolkit = "share/info/runtime/version.info", "*-linux/ascend_toolkit_install.info", "ascend_toolkit_install.info"
-    return version_in(*(f"{home}/{place}" for home in homes if home for place in places or toolkit))
+    cann = version_in(*CANN_FILES)
+    version = TORCH_VERSIONS.get(".".join(cann.split(".")[:2]), "")
+    pair = f"torch=={version} torch-npu=={version} " if version else ""
+    note = f"(README lists torch and torch_npu for CANN {cann}) " if cann and not version else ""
+    return f"{note}pip install {pair}-r requirements.txt --extra-index-url https://download.pytorch.org/whl/cpu"
 
 
 def version_in(*patterns: str) -> str:
-    """The version in the first file that matches the patterns, "" if there is none."""
-    for path in (path for pattern in patterns for path in sorted(glob.glob(pattern))):
+    """The version in the first file that matches the patterns, which are of CANN's folder if relative; "" without one."""
+    homes = os.environ.get("ASCEND_HOME_PATH"), f"{ASCEND}/cann", f"{ASCEND}/ascend-toolkit/latest"
+    paths = (os.path.join(home, pattern) for home in homes if home for pattern in patterns)
+    for path in (found for path in paths for found in sorted(glob.glob(path))):
         with contextlib.suppress(OSError, UnicodeDecodeError), open(path, encoding="utf-8") as file:
             if match := re.search(r"^version\s*=\s*\[?([\w.+-]+)", file.read(), re.MULTILINE | re.IGNORECASE):
                 return match[1]
@@ -2986,14 +2931,10 @@ def synchronize(device: torch.device) -> None:
 
 
 def still_works(device: torch.device) -> bool:
-    """True if a new matmul gives the expected result. After a failed launch torch_npu silently drops all operators.
-
-    Or it waits without end for its queue: a thread does the matmul, in at most ALIVE_SECONDS. The operands are new each
-    time, because the memory may still hold the result of an earlier product.
-    """
+    """True if a matmul gives the expected result. After an error torch_npu may drop all operators, or wait without end."""
     if device.type == "cpu":
         return True
-    operands, works = torch.randn(2, 64, 64), []
+    operands, works = torch.randn(2, 64, 64), []  # new ones: the memory may still hold an earlier product
 
     def multiply() -> None:
         with contextlib.suppress(RuntimeError):
@@ -3024,14 +2965,9 @@ def device_log(device: torch.device) -> str:
     return f"CANN's log is in {LOG_FOLDER}" if device.type == "npu" else ""
 
 
-def free_memory(device: torch.device) -> str:
-    return "use smaller --batch-sizes, or free the device" + (" (npu-smi info lists its users)" if device.type == "npu" else "")
-
-
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Of the device. torch_npu 2.9.0 has no exception type for it, and its queue raises a plain RuntimeError."""
-    codes = "out of memory|EL0004|207001|207018"
-    return isinstance(error, torch.OutOfMemoryError) or bool(re.search(codes, str(error)))
+    return isinstance(error, torch.OutOfMemoryError) or bool(re.search("out of memory|EL0004|207001|207018", str(error)))
 
 
 def chip_name(device: torch.device) -> str:
@@ -3047,24 +2983,23 @@ def device_uuid(device: torch.device) -> str:
 
 
 def accelerator_versions(device: torch.device) -> dict[str, str]:
-    """Versions of torch_npu, CANN and the driver, "unknown" if no source has them; or of CUDA.
-
-    Files first: before 2.13 torch_npu returns uninitialised memory if the file of the driver is missing.
-    """
+    """Versions of torch_npu, CANN and the driver, "unknown" if no source has them; or of CUDA."""
     if device.type == "cuda":
         return {"CUDA": str(torch.version.cuda)}
     if device.type != "npu":
         return {}
     # Since CANN 8.5 the operators are packages of their own, with their own version: they decide GELU and HF32.
-    versions = {"torch_npu": sys.modules["torch_npu"].__version__, "CANN": cann_version(),
-                "operators": cann_version("share/info/ops_nn/version.info", "*-linux/ascend_ops_install.info"),
-                "driver": version_in(f"{ASCEND}/driver/version.info"),
-                "firmware": version_in(f"{ASCEND}/firmware/version.info")}  # fmt: skip
-    for name, part in (("CANN", "CANN"), ("operators", "ops_nn"), ("driver", "DRIVER")):
-        with contextlib.suppress(Exception):  # a missing version never ends the run
-            version = versions[name] or torch.npu.utils.get_cann_version(part)
-            versions[name] = version if re.match(r"\d+\.\d+", version) else ""
-    return {name: version or "unknown" for name, version in versions.items()}
+    versions = {"torch_npu": sys.modules["torch_npu"].__version__}
+    for name, part, *files in (
+        ("CANN", "CANN", *CANN_FILES),
+        ("operators", "ops_nn", "share/info/ops_nn/version.info", "*-linux/ascend_ops_install.info"),
+        ("driver", "DRIVER", f"{ASCEND}/driver/version.info"), ("firmware", "", f"{ASCEND}/firmware/version.info"),
+    ):  # fmt: skip
+        version = version_in(*files)
+        with contextlib.suppress(Exception):  # without the driver's file torch_npu before 2.13 returns any bytes
+            version = version or part and torch.npu.utils.get_cann_version(part)
+        versions[name] = version if re.match(r"\d+\.\d+", version) else "unknown"
+    return versions
 
 
 def settings(device: torch.device) -> Iterator[str]:
@@ -3114,17 +3049,11 @@ def compiler_lack(device: torch.device, backend: str) -> str:
     return next((text for text, is_so in lacks.items() if is_so), "")
 
 
-@contextlib.contextmanager
-def without_internal_formats(device: torch.device) -> Iterator[None]:
-    """Inside, internal formats are not allowed: no NPU graph can contain the conversions to them."""
-    allowed = device.type == "npu" and internal_formats()
-    if allowed:
+def forbid_internal_formats(device: torch.device, stack: contextlib.ExitStack) -> None:
+    """Until the stack is closed, internal formats are not allowed: no NPU graph can contain the conversions to them."""
+    if device.type == "npu" and internal_formats():
         torch.npu.config.allow_internal_format = False
-    try:
-        yield
-    finally:
-        if allowed:
-            torch.npu.config.allow_internal_format = True
+        stack.callback(setattr, torch.npu.config, "allow_internal_format", True)
 
 
 def reduced_fp32_switches(device: torch.device) -> dict[str, tuple[object, str]]:
@@ -3140,24 +3069,18 @@ def reduced_fp32_switches(device: torch.device) -> dict[str, tuple[object, str]]
 @contextlib.contextmanager
 def set_reduced_fp32(device: torch.device, values: dict[str, bool]) -> Iterator[None]:
     """Inside, the switches of these kinds of products have these values. Afterwards they are unchanged."""
-    switches = {kind: switch for kind, switch in reduced_fp32_switches(device).items() if kind in values}
-    before = {kind: getattr(*switch) for kind, switch in switches.items()}
-    try:
-        for kind, switch in switches.items():
-            setattr(*switch, values[kind])
+    with contextlib.ExitStack() as stack:
+        for kind, value in values.items():
+            switch = reduced_fp32_switches(device)[kind]
+            stack.callback(setattr, *switch, getattr(*switch))
+            setattr(*switch, value)
         yield
-    finally:
-        for kind, switch in switches.items():
-            setattr(*switch, before[kind])
 
 
 def fp32_precision(device: torch.device) -> dict[str, str]:
-    """The documented precision of convolutions and matmuls of float32 tensors with the present switches: keys of UNIT.
-
-    Before the 910B, which introduced bfloat16, the matrix unit of an Ascend has no float32, and torch_npu uses float16
-    (its option ACL_PRECISION_MODE is allow_fp32_to_fp16 there).
-    """
+    """The documented precision of convolutions and matmuls of float32 tensors with the present switches: keys of UNIT."""
     precision = {"convolution": "float32", "matmul": "float32"}
+    # Before the 910B, the first with bfloat16, the matrix unit has no float32 (ACL_PRECISION_MODE allow_fp32_to_fp16).
     if device.type == "npu" and not supports_dtype(device, "bfloat16"):
         return dict.fromkeys(precision, "float16")
     reduced = "HF32" if device.type == "npu" else "TF32"
@@ -3172,10 +3095,9 @@ def supports_dtype(device: torch.device, dtype: str) -> bool:
 
 
 def judge_fallback(device: torch.device, names: set[str], printed: str) -> Entry:
-    """No operator of the first forward pass ran on the CPU, which Python does not see.
+    """No operator of the first forward pass, with these names in aten, ran on the CPU. printed: on stderr.
 
-    names: of the operators that aten dispatched. printed: on stderr. torch_npu refuses to fall back if
-    TORCH_NPU_FALLBACK_CPU_DISABLE is 1 and it knows the variable; else it warns on stderr, in the first process only.
+    torch_npu refuses to fall back if it knows the variable, and it is 1; else it warns on stderr, in the first process.
     """
     id, disabled = "model.fallback", os.environ.get("TORCH_NPU_FALLBACK_CPU_DISABLE") == "1"
     warned = re.findall(r"operator '([\w:.]+)' is not currently supported on the NPU backend and will fall back", printed)
@@ -3196,35 +3118,26 @@ def judge_fallback(device: torch.device, names: set[str], printed: str) -> Entry
 
 @contextlib.contextmanager
 def stderr_copied(device: torch.device) -> Iterator[list[str]]:
-    """Inside, stderr is copied, with what C++ writes. The list has the text at the end.
-
-    tee, a separate process, passes it on, so that the last lines of a process that aborts are not lost.
-    """
+    """Inside, what C++ writes on stderr is copied: the list has it at the end. tee also passes on what an abort prints."""
     printed: list[str] = []
     if device.type != "npu":
         yield printed
         return
-    with tempfile.NamedTemporaryFile("r", errors="replace") as copied:
-        stderr, python_stderr = os.dup(2), sys.stderr
-        sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)  # what Python prints, such as progress bars, is not copied
+    with tempfile.NamedTemporaryFile("r", errors="replace") as copied, os.fdopen(os.dup(2), "w", buffering=1) as stderr:
         tee = subprocess.Popen(["tee", copied.name], stdin=subprocess.PIPE, stdout=stderr, stderr=subprocess.DEVNULL)
         os.dup2(tee.stdin.fileno(), 2)
         tee.stdin.close()
         try:
-            yield printed
+            with contextlib.redirect_stderr(stderr):  # what Python prints, such as progress bars, is not copied
+                yield printed
         finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
-            sys.stderr = python_stderr
+            os.dup2(stderr.fileno(), 2)
             tee.wait()
             printed.append(copied.read())
 
 
 def explain(error: BaseException, printed: str = "") -> str:
-    """One line for an exception: operator, error code, what to do, and CANN's reason, as far as it has them.
-
-    printed: on stderr, where torch_npu leaves the error code of operators that it launches from its queue.
-    """
+    """One line: operator, error code, what to do, and CANN's reason. printed: on stderr, where the code may be, too."""
     text = str(error)
     if isinstance(error, DeviceLost):
         return text
@@ -3232,23 +3145,18 @@ def explain(error: BaseException, printed: str = "") -> str:
         return f"{fallback[1]} has no NPU kernel and would run on the CPU"
     code = re.search(r"error code(?: is|:)\s*(\d+)", text) or re.search(r"error code is (\d+)", printed)
     operator = re.search(r"working operator name is (\w+)", text) or re.search(r"\b(aclnn\w+)", text)
-    reason = re.search(CANN_REASON, text)
     if not operator and not code:
         return describe(error)
-    if code:
-        what = f"{f'{operator[1]}: ' if operator else ''}error code {code[1]}, "
-        what += ERROR_CODES.get(int(code[1]), f"see {LOG_FOLDER}")
-    else:
-        what = f"{operator[1]} failed on the device" + ("" if reason else f", see {LOG_FOLDER}")
+    # CANN's own reason. "EZ9999: Inner Error!" has no content, the line below it has.
+    reason = re.search(r"HBM MULTI BIT ECC ERROR|\bE[A-Z]\d{4}: (?!Inner Error).+", text)
+    what = f"error code {code[1]}, {ERROR_CODES.get(int(code[1]), SEE_LOG)}" if code else f"failed on the device, {SEE_LOG}"
+    what = f"{operator[1]}: {what}" if operator else what
     varying = r"\[PID: ?\d+\] *|\d{4}-\d\d-\d\d[-\d:. ]*"
     return what + (f" ({re.sub(varying, '', reason[0])[:300]})" if reason else "")
 
 
 def import_packages() -> None:
-    """Import numpy, torch and timm into this module: after the arguments are parsed, because it takes seconds.
-
-    Raises CannotRun if one of them is missing or broken.
-    """
+    """Import numpy, torch and timm, which takes seconds. Raises CannotRun if one of them is missing or broken."""
     global np, safetensors, timm, torch
     import logging
 
@@ -3266,8 +3174,6 @@ def import_packages() -> None:
         import_torchvision()
         import safetensors.torch
         import timm
-    except ModuleNotFoundError as error:
-        raise CannotRun(f"{error.name} is not installed: {install_command()}") from error
     except Exception as error:  # a numpy that is too new is an AttributeError, a broken file a SyntaxError
         raise CannotRun(f"numpy, torch and timm cannot be imported ({describe(error)}): {install_command()}") from error
     warnings.filterwarnings("ignore")  # of the packages; deterministic_algorithms() records those that matter
@@ -3275,16 +3181,12 @@ def import_packages() -> None:
 
 
 def import_torchvision() -> None:
-    """Let timm import a torchvision that was built for another torch: timm only needs its transforms, in Python.
-
-    The registry's torchvision is a CUDA build. Next to a CPU build of torch its operators do not load, and its import
-    ends with `operator torchvision::nms does not exist`, unless the schemas of these two operators are declared.
-    """
+    """Let timm, which needs only its transforms, import a torchvision that was built for another torch."""
     try:
         import torchvision  # noqa: F401
     except ImportError:
         return  # timm names the missing package
-    except RuntimeError:
+    except RuntimeError:  # operator torchvision::nms does not exist
         for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
             del sys.modules[name]
         library = torch.library.Library("torchvision", "FRAGMENT")
@@ -3312,16 +3214,11 @@ class Entry(NamedTuple):
     unjudged: bool = False  # the outcome is no claim about the device
     width: int = 20  # columns of the id
 
-    @property
-    def stage(self) -> str:
-        return self.id.partition(".")[0]
-
     def lines(self) -> list[str]:
         """The line, wrapped. Each line of a text that varies begins with ~, of a legend with #."""
         head = f"{self.mark:<5}{self.id:<{self.width}} " if self.width else f"{self.mark:<5}"
         more = self.mark if self.mark in (VARIES, HEADER) else ""
-        indent = f"{more:<{INDENT if self.id else 5}}"
-        return wrap(printable(self.text), head, indent) or [head.rstrip()]
+        return wrap(self.text, head, f"{more:<{INDENT if self.id else 5}}") or [head.rstrip()]
 
 
 class Table:
@@ -3338,9 +3235,9 @@ class Table:
         if self.units:
             yield Entry(HEADER, "", self.row(*(unit or "\u00a0" for unit in self.units)).replace("\u00a0", " "), width=self.width)
 
-    def legend(self, *texts: str) -> Entry:
+    def legend(self, text: str) -> Entry:
         """The end of the table: a definition of its columns."""
-        return Entry(HEADER, "", ". ".join(texts), width=0)
+        return Entry(HEADER, "", text, width=0)
 
     def row(self, *cells) -> str:
         """Numbers in the format of their column; text, and "-" for None, in its width."""
@@ -3374,14 +3271,13 @@ THROUGHPUT = Table(34, "images/s:>9.2f", "p50:>7.5g", "p90:>7.5g", "p95:>7.5g", 
                    units=("1/s", "ms", "ms", "ms", "ms", ""))  # fmt: skip
 LATENCY = Table(34, "min:>6.4g", "mean:>6.4g", "max:>6.4g", "launch:>6.4g", "bound:>6", "first_call:>10.0f", "peak:>5.0f",
                 "batches:>7", units=("ms", "ms", "ms", "ms", "", "ms", "MiB", ""))  # fmt: skip
-LIMITS_TEXT = (
-    "err_fp64: against CPU float64. expected: C. cpu_err: e. max_elem: worst element / 32. WARN above 2 C + 64 e (half"
-    " precision: 3 e), FAIL above 4 C + 256 e (6 e)"
-)
+BAR_WIDTH = 12
+LIMITS_TEXT = ("err_fp64: against CPU float64. expected: C. cpu_err: e. max_elem: worst element / 32. WARN above 2 C + 64 e"
+               " (half precision: 3 e), FAIL above 4 C + 256 e (6 e)")  # fmt: skip
 PUBLISHED = Table(34, "max_abs:>8.1e", "mean_abs:>8.1e", "rel_l2:>8.1e", "nmae:>8.1e", "cosine:>10.7f")
 PROBABILITIES = Table(34, "max_abs:>8.1e", "top1:>5", "inputs:>6")
 CPU_LATENCY = Table(22, "p50_ms:>8.5g", "batch:>5", "threads:>7")
-FASTEST = Table(34, "batch:>5", "images/s:>9.2f", "speedup:>7.2f", "err_fp64:>8.1e", "TFLOP/s:>7.3f", "share:>5.0%")
+FASTEST = Table(34, "batch:>5", "images/s:>9.2f", "speedup:>7.2f", "err_fp64:>8.1e", "TFLOP/s:>7.3f", "share:>5.0%", "bar:<1")
 DEVICES = Table(12, "node:>4", "device:<8", "checks:>6", "failed:>6", "warned:>6", "err_fp64:>8.1e", "chip:<1")
 SPEED = Table(45, "old:>8.2f", "new:>8.2f", "ratio:>5.2f", "old_p50:>7.4g", "new_p50:>7.4g", "allowed:>7.0%")
 
@@ -3414,19 +3310,19 @@ class Report:
     def abort(self, message: str, status: int) -> None:
         """From a thread: end the process at once, and print what failed so far. No partial log is written."""
         self.lock.acquire()  # not while the log is being written; from here on the main thread prints nothing
-        if sys.stderr is not None and sys.stderr.isatty():  # the cursor may be behind a progress bar
+        if sys.stderr.isatty():  # the cursor may be behind a progress bar
             print(file=sys.stderr)
         self.failures(None)
         self.caches.close()
         os._exit(self.not_run(message, status))
 
-    def line(self, text: str = "") -> None:
-        with self.lock:
-            self.lines.append(printable(text).rstrip())
-            if not self.quiet:
-                mark, rest = self.lines[-1][:4], self.lines[-1][4:]
-                is_terminal = mark in COLORS and sys.stdout is not None and sys.stdout.isatty()
-                print_line(f"\x1b[{COLORS[mark]}m{mark}\x1b[0m{rest}" if is_terminal else mark + rest)
+    def line(self, *texts: str) -> None:
+        for line in (printable(text).rstrip() for text in texts):
+            with self.lock:
+                self.lines.append(line)
+                if not self.quiet:
+                    is_colored = line[:4] in COLORS and sys.stdout is not None and sys.stdout.isatty()
+                    print_line(f"\x1b[{COLORS[line[:4]]}m{line[:4]}\x1b[0m{line[4:]}" if is_colored else line)
 
     def head(self, context: Context) -> None:
         """The experiment."""
@@ -3441,8 +3337,7 @@ class Report:
 
     def add(self, entries: Iterable[Entry]) -> None:
         for entry in entries:
-            for line in entry.lines():
-                self.line(line)
+            self.line(*entry.lines())
             if entry.mark in OUTCOMES:
                 self.checks.append(entry)
 
@@ -3453,8 +3348,7 @@ class Report:
         """
         self.restart_timeout(name)
         number = f"{STAGES.index(name) + 1}/{len(STAGES)}] {name}" if name in STAGES else f"{name}]"
-        self.line()
-        self.line(f"[{number} {detail}")
+        self.line("", f"[{number} {detail}")
         if self.lost or not stage:
             why = "the device no longer works after the error above" if self.lost else why
             self.add([Entry(SKIP, f"{name}.stage", why)])
@@ -3479,16 +3373,14 @@ class Report:
         listed = [entry for outcome in (FAIL, WARN) for entry in self.checks if entry.mark == outcome]
         cause = next((entry for entry in listed if entry.numeric), None)
         if listed:
-            self.line()
-            self.line("[failures]")
+            self.line("", "[failures]")
         for entry in listed:
             if entry.numeric and entry is not cause:
                 continue
             lines = [f"{entry.mark} {entry.id}: {entry.problem or entry.text}", *entry.details]
             lines += self.numeric_block(entry, checked) if entry is cause else [f"next: {entry.advice}"] if entry.advice else []
             for i, text in enumerate(lines):
-                for line in wrap(printable(text), " " * 5 * (i > 0), " " * (7 if i else 5)):
-                    self.line(line)
+                self.line(*wrap(text, " " * 5 * (i > 0), " " * (7 if i else 5)))
 
     def numeric_block(self, cause: Entry, checked: Precision | None) -> Iterator[str]:
         """Where the error begins, the checks that follow from it, and the next step."""
@@ -3501,28 +3393,24 @@ class Report:
             if others:
                 text = f"{len(others)} more check{'s' * (len(others) > 1)} {verb} after it: {', '.join(others)}"
                 yield textwrap.shorten(text, WIDTH - 5, placeholder=" ...")
-        apart = any(entry.numeric and entry.mark != PASS for entry in self.checks if entry.stage == "precision")
-        if cause.stage == "device" and cause.advice:
-            yield f"next: {cause.advice}"
-        elif bad:
+        apart = any(entry.numeric and entry.mark != PASS and entry.id.startswith("precision.") for entry in self.checks)
+        if bad and not cause.id.startswith("device."):
             yield f"next: run {bad[0].split(' ')[0]} by itself on the device and on the CPU"
-        elif checked and cause.stage == "outputs" and not (apart and cause.id != "outputs.determinism"):
+        elif checked and cause.id.startswith("outputs.") and (not apart or cause.id == "outputs.determinism"):
             yield "next: stage 4 found no cause, the error did not come back: it is transient; repeat with --duration 600"
-        elif checked and apart:
+        elif checked and apart and not cause.id.startswith("device."):
             yield "next: no module is out of tolerance: look at operators outside modules, or the model amplifies errors"
         elif cause.advice:
             yield f"next: {cause.advice}"
 
     def summary(self, checked: Precision | None, timings: list[Timing] | None) -> None:
         """At most six lines: precision, speed, and what to look at."""
-        self.line()
-        self.line("[summary]")
+        self.line("", "[summary]")
         if checked and FLOAT32.name in checked.errors:
             text = f"{checked.main} in float32: error {checked.errors[FLOAT32.name]:.1e} against CPU float64"
             more = ", ".join(f"{name} {cost:.1e}" for name, cost in checked.costs.items())
             self.add([Entry(FACT, "summary.precision", text + (f" (expected of {more})" if more else ""))])
-        groups = by_mode(timings or [])
-        best = [max(group, key=lambda timing: timing.throughput) for group in groups]
+        best = [max(group, key=lambda timing: timing.throughput) for group in by_mode(timings or [])]
         fastest = sorted(best[1:], key=lambda timing: timing.throughput)[-1:]
         speed = "".join(f"{timing.throughput:.2f} images/s in {timing.mode.name} at batch size {timing.batch}; "
                         for timing in [*best[:1], *fastest])  # fmt: skip
@@ -3536,8 +3424,7 @@ class Report:
         counts = f"{passed} passed, {warned} warned, {failed} failed, {skipped} skipped"
         unjudged = sum(entry.unjudged for entry in self.checks)
         counts += f"; {unjudged} outputs not judged" if unjudged else ""
-        self.line()
-        self.line(f"RESULT: {FAIL if is_failure else PASS}  {len(marks)} checks: {counts}{self.note}")
+        self.line("", f"RESULT: {FAIL if is_failure else PASS}  {len(marks)} checks: {counts}{self.note}")
         return 1 if is_failure else 0
 
     def close(self, checked: Precision | None = None, timings: list[Timing] | None = None) -> int:
@@ -3566,7 +3453,7 @@ class Report:
 
     def close_without(self, lost: list[int]) -> int:
         """Write the log so far, and name the ranks that no longer answer. Returns the exit status."""
-        self.line()
+        self.line("")
         problem = f"does not answer since stage {self.stage}: its process ended or hangs"
         advice = f"see the messages of that process above, its log in {LOG_FOLDER}, and npu-smi info"
         names = lost or ["unknown"]  # a rank can fail after it has answered
@@ -3582,15 +3469,12 @@ class Report:
 
 
 def end_on_signals(report: Report, ranks: Ranks) -> None:
-    """End the run at once on Ctrl-C and SIGTERM, also while the device hangs.
-
-    A thread does it: an exception in the main thread is raised only after torch returns, and is lost in a callback.
-    """
+    """End the run at once on Ctrl-C and SIGTERM. A thread does it: the main thread may be inside torch without end."""
     receiver, sender = os.pipe()
 
     def wait() -> None:
         while not select.select([receiver], [], [], HEARTBEAT_SECONDS)[0]:
-            if not report.quiet and sys.stderr is not None and not sys.stderr.isatty():  # a terminal has progress bars
+            if not report.quiet and not sys.stderr.isatty():  # a terminal has progress bars
                 seconds = time.perf_counter() - report.started
                 print(f"[{report.stage}] running, {seconds:.0f} s since the start", file=sys.stderr, flush=True)
         number = os.read(receiver, 1)[0]
@@ -3608,7 +3492,7 @@ def end_on_signals(report: Report, ranks: Ranks) -> None:
 
 def wrap(text: str, first: str, more: str) -> list[str]:
     """Lines of at most WIDTH columns. first, more: indents of the first line and of the others."""
-    return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=more, break_long_words=False,
+    return textwrap.wrap(printable(text), WIDTH, initial_indent=first, subsequent_indent=more, break_long_words=False,
                          break_on_hyphens=False)  # fmt: skip
 
 
@@ -3637,8 +3521,7 @@ def describe(error: BaseException) -> str:
 
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message that is not blank, at most 300 characters."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines or [type(error).__name__])[0][:300]
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
 
 
 # --- The command line -------------------------------------------------------------------------------------------------
@@ -3662,10 +3545,9 @@ def make_parser() -> argparse.ArgumentParser:
     what("--rope-bf16", action="store_true", help="round the RoPE periods to bfloat16, as in the original DINOv3")
     what("--seed", default=0, type=int, metavar="N", help=f"seed of the random images and weights {default}")
     sizes = [*map(str, DEFAULT_BATCH_SIZES)]
-    how("--batch-sizes", default=sizes, nargs="+", metavar="N", help="batch sizes to time, or auto: doubled until"
-        f" throughput stops growing (default: {' '.join(sizes)})")  # fmt: skip
-    how("--modes", default=[], nargs="+", metavar="MODE", help="to validate and time in addition to float32:"
-        f" {BASE_NAMES} (amp-: autocast), each also with +graph (an NPU or CUDA graph), +compile")  # fmt: skip
+    how("--batch-sizes", default=sizes, nargs="+", metavar="N", help=f"to time, or auto (default: {' '.join(sizes)})")
+    modes = f"to validate and time beside float32: {BASE_NAMES} (amp-: autocast), each also with +graph, +compile"
+    how("--modes", default=[], nargs="+", metavar="MODE", help=modes)
     how("--compile-backend", default="", metavar="NAME", help="of torch.compile, for +compile (what is installed)")
     how("--warmup", default=10, type=int, metavar="N", help=f"minimum number of warm-up batches, 0: none {default}")
     how("--iters", default=100, type=int, metavar="N", help=f"number of timed batches of each size {default}")

@@ -156,8 +156,8 @@ def test_every_line_that_calls_the_devices_api_ran_here(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "knobs", "message"),
     [
-        ([], {"DEVICES": 0}, "no npu device is visible to torch"),
-        (["--device", "npu:3"], {"DEVICES": 2}, "there is no npu:3: 2 npu device(s) visible, npu:0 to npu:1"),
+        ([], {"DEVICES": 0}, "there is no npu:0: 0 npu device(s) visible to torch"),
+        (["--device", "npu:3"], {"DEVICES": 2}, "there is no npu:3: 2 npu device(s) visible to torch"),
         ([], {"SET_DEVICE_ERROR": 507033}, "npu:0 is visible, but does not work: error code 507033, the device does not start"),
         ([], {"INIT_ERROR": 507008}, "npu:0 is visible, but does not work: error code 507008, the SoC could not be read"),
         ([], {"WITHOUT": "driver"}, "the Ascend driver is missing (libascend_hal.so): install it, or mount"),

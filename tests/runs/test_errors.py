@@ -57,7 +57,7 @@ def is_refused(done, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--device", "cuda"], "no cuda device is visible"),
+        (["--device", "cuda"], "there is no cuda:0: 0 cuda device(s) visible to torch"),
         (["--device", "quantum"], "has no device of the kind 'quantum'"),
         (["--device", "npu:x"], "'npu:x' is not a device; examples: npu, npu:1, cpu, cuda:0"),
         (["--model", "vit_smal_patch16_dinov3"], "near: vit_small_patch16_dinov3"),

@@ -71,7 +71,7 @@ def test_next_to_a_cuda_build_of_torch_2_14_it_is_known_before_the_import(monkey
     [
         ("timm", "raise AttributeError(\"module 'numpy' has no attribute 'bool'\")", "AttributeError: module 'numpy' has no"),
         ("numpy", "def broken(:", "cannot be imported (SyntaxError"),
-        ("torch", "import torch_that_is_not_there", "torch_that_is_not_there is not installed: pip install -r requirements"),
+        ("torch", "import torch_that_is_not_there", "No module named 'torch_that_is_not_there'): pip install -r requirements"),
     ],
 )  # fmt: skip
 def test_whatever_the_import_of_another_package_raises(tmp_path, package, raises, message):

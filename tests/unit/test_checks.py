@@ -692,7 +692,7 @@ def test_under_torchrun_the_device_is_that_of_the_local_rank(monkeypatch):
         monkeypatch.setenv(name, "3")
     ranks = v.Ranks()
     assert [ranks.device_name(name) for name in ("npu", "cpu")] == ["npu:3", "cpu"]
-    with pytest.raises(v.CannotRun, match="uses the device of its LOCAL_RANK: --device npu, without an index"):
+    with pytest.raises(v.CannotRun, match="uses the device of its LOCAL_RANK: --device takes no index"):
         ranks.device_name("npu:1")
 
 

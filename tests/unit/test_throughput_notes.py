@@ -71,7 +71,7 @@ def test_the_fastest_batch_size_of_each_mode_is_a_row_with_its_error():
     columns = "batch", "images/s", "speedup", "err_fp64", "share"
     assert [rows["float32"][name] for name in columns] == ["16", "804.02", "1.00", "1.0e-03", "-"]
     assert [rows["float16"][name] for name in columns] == ["8", "800.00", "0.99", "-", "-"], "it failed in stage 4"
-    assert float(rows["float32"]["TFLOP/s"]) > 0
+    assert float(rows["float32"]["TFLOP/s"]) > 0 and len(rows["float32"]["bar"]) == v.BAR_WIDTH
 
 
 def test_one_mode_needs_no_table_of_fastest_modes():

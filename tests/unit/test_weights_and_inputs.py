@@ -323,7 +323,7 @@ def test_a_folder_of_transformers_loads_if_it_names_a_model_of_timm(tmp_path):
 
 def test_a_folder_of_transformers_that_names_none_is_named(tmp_path):
     folder_of_transformers(tmp_path, architectures=["DINOv3ViTModel"], model_type="dinov3_vit")
-    with pytest.raises(v.CannotRun, match="its config.json names no architecture of timm .transformers has other ones.: use --model"):
+    with pytest.raises(v.CannotRun, match="its config.json names no architecture of timm: use --model NAME --weights"):
         v.load_model(new_context("--model", f"local-dir:{tmp_path}", "--weights", "pretrained").options)
 
 
