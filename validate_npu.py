@@ -10,11 +10,8 @@
     python validate_npu.py --report validation_output.txt    # a section for a model card, from a log
 
 Method. The reference is the same model with the same weights and inputs on the CPU in float64, with the form of GELU
-that the device computes. Each output of the model is compared with it twice:
-
-    strict     Reduced-precision float32 (HF32 on Ascend, TF32 on CUDA) is disabled on the device.
-    float32    Default settings, as users run the model.
-
+that the device computes. Each output of the model is compared with it twice: `strict`, with reduced-precision float32
+(HF32 on Ascend, TF32 on CUDA) disabled on the device, and `float32`, with default settings, as users run the model.
 WARN above 2 C + 64 e, FAIL above 4 C + 256 e; while no module fails, FAIL is not below 1e-2. e is the error of the CPU
 in float32. C is the expected cost: the change of the reference when the operands of all products of the documented
 kinds are rounded to the documented precision; it is 0 in strict mode. In half precision the limits are 3 and 6 times
@@ -27,19 +24,8 @@ weight of the device is scaled by 1.01; a run that does not detect it fails.
 NaN, Inf and overflow. compare() counts them on both sides. NaN and Inf equal nothing, so each of them on the device is
 a FAIL. If the reference has them as well (float16 overflows on the CPU, too), the output is "not judged": WARN.
 
-Where things are, from top to bottom:
-
-    Tolerances          TOLERANCES: all limits with their sources. MODES: the ways to run the model
-    The run             validate() calls the stages. A stage is a generator: it yields lines and returns its result
-    Stages 1 to 5       device_stage(), model_stage(), outputs_stage(), precision_stage(), throughput_stage()
-    Emulated precision  probe_device() measures the precision of the device, emulated_precision() reproduces it
-    Comparing arrays    compare() measures, comparison() makes a check of it
-    Comparing logs      Log reads a log, compare_logs() finds what became worse
-    For publication     publication() makes a section of a model card from logs
-    Several devices     communication between the processes of torchrun, and devices_stage()
-    Ascend              everything that belongs to one vendor: versions, switches, error codes, installation
-    The report          Entry is a line, Table its columns, Report prints and writes them
-    The command line    options, and main()
+Structure. validate() calls the stages. A stage is a generator: it yields lines of the log (Entry), and returns its
+result. TOLERANCES has all limits with their sources, MODES the ways to run the model.
 
 To add an autocast dtype, add its name to BASE_MODES. To add a check, yield it from a stage; it is printed, counted and
 compared between logs by its id:
@@ -52,7 +38,6 @@ Exit status: 0 no check failed, 1 a check failed (--strict: or warned), 2 the ru
 
 from __future__ import annotations
 
-# Modules that take milliseconds to import, and that only a run needs, are imported where they are used.
 import argparse
 import collections
 import contextlib
@@ -110,49 +95,37 @@ class Tolerance(NamedTuple):
         return self.fail if mark == FAIL else self.warn
 
 
-# Unit roundoff that Huawei's operator precision standard allows one operator, by the precision of its operands. The
-# standard divides by elements. Here the norm of the row divides, because features cross zero.
+# Unit roundoff that Huawei's operator precision standard allows one operator, by the precision of its operands.
 UNIT = {"float32": 2**-13, "HF32": 2**-11, "TF32": 2**-10, "float16": 2**-10}
 # All limits. Each is a multiple of the unit that the comment names.
 TOLERANCES = {
-    # A large matmul or convolution of stage 1. Unit: UNIT[precision]. Source: the standard above; 8 units of TF32 are
-    # below an error of 1 %.
+    # A large matmul or convolution of stage 1. Unit: UNIT[precision]. 8 units of TF32 are below an error of 1 %.
     "operator": Tolerance(1, 8),
     # GELU of stage 1. Unit: 1, absolute error. Source: erf and tanh differ by 4.7e-4, kernels of one form by 1e-6.
     "gelu": Tolerance(1e-4, math.inf),
-    # A module on the inputs of the CPU. Unit: 1. Source: the standard for float32, and 8 times that for HF32; an error
-    # of 1 % is above it. Of 11 healthy models on an H200 none warned (tests/README.md, "Healthy and faulty").
+    # A module on the inputs of the CPU. Unit: 1. Source: the standard for float32, and 8 times that for HF32. Of 11
+    # healthy models on an H200 none warned (tests/README.md).
     "module": Tolerance(2**-13, 2**-8),
     # The same with operands rounded to HF32, TF32 or float16. Source: single convolutions on an H200 reach 4e-4.
     "reduced module": Tolerance(2**-9, 2**-8),
-    # Two outputs in float32: the sum of both. Units: e and C. Source: healthy devices reach 7.9 e (with each output
-    # perturbed by 1e-6, in 24 blocks: 41 e) and 1.25 C, the smallest fault that must fail 385 e (tests/README.md).
+    # Two outputs in float32: the sum of both. Units: e and C. Source: healthy devices reach 7.9 e (41 e if each output
+    # is perturbed by 1e-6) and 1.25 C, the smallest fault that must fail 385 e (tests/README.md).
     "cpu error": Tolerance(64, 256),
     "expected cost": Tolerance(2, 4),
     # An output in half precision. Unit: the error of the CPU in the same mode. Source: torch._dynamo.utils.same allows
     # 3 times in half precision; healthy devices reach 1.04 times.
     "half": Tolerance(3, 6),
 }
-# Against the CPU nothing below this fails while no module fails: published figures of healthy NPUs reach 1.9e-2, and not
-# all of them are explained. Such an excess is a WARN.
+# Nothing below this fails against the CPU while no module fails: not all published errors (to 1.9e-2) are explained.
 UNEXPLAINED = 1e-2
-# One element may exceed the limit of its row by this factor: the largest of a million normally distributed errors is 5
-# times their RMS, real errors have heavier tails (17 to 21 on healthy devices).
-ELEMENT_FACTOR = 32
+ELEMENT_FACTOR = 32  # an element may exceed the limit of its row by this factor (17 to 21 on healthy devices)
 ROW_NORM_FLOOR = 0.1  # row norms are clamped to this share of the RMS row norm, to avoid dividing by zero
-# If the float32 error of the CPU is above the first, or the expected cost above the second, outputs cannot be used to
-# judge the device.
-MAX_CPU_ERROR, MAX_EXPECTED_COST = 1e-3, 0.1
-# The precision of a large product is identified if its relative L2 error is below this: kernels in float32 differ from
-# each other by 1e-6, 11 bits from 10 by 1e-4.
+MAX_CPU_ERROR, MAX_EXPECTED_COST = 1e-3, 0.1  # if e or C is larger, an output cannot be used to judge the device
+# The precision of a product is identified below this error: float32 kernels differ by 1e-6, 11 bits from 10 by 1e-4.
 IDENTIFIED = 2**-16
-# The device may predict another class, or nearest neighbour, if the margin on the CPU is below this many times the error
-# that the documented precision causes: two values enter a margin, and other images may have four times the error.
-PREDICTION_FACTOR = 8
+PREDICTION_FACTOR = 8  # another class may be predicted if the margin is below this many times the expected cost
 CONTROL_SCALE = 1.01  # the negative control: one weight is scaled by this
-# Outputs of two images that are closer than this are the same output. Rounding moves them by 1e-7 to 1e-6. A CNN with
-# random weights, which averages over the image, may set them only 2e-3 apart (lcnet_050).
-DISTINCT_REL_L2 = 1e-5
+DISTINCT_REL_L2 = 1e-5  # below it two outputs are equal: rounding causes 1e-6, another image 2e-3 or more (lcnet_050)
 # Between two logs an error is worse if it grew by more than this share, and is above 64 units of float32 rounding.
 ERROR_GROWTH, ROUNDING = 0.25, 2**-17
 MAX_TOLERATED_SLOWDOWN = 50  # percent: if the spreads of two runs allow a larger one, speed is not judged
@@ -160,7 +133,7 @@ MAX_TOLERATED_SLOWDOWN = 50  # percent: if the spreads of two runs allow a large
 
 @dataclasses.dataclass(frozen=True)
 class Mode:
-    """One way to run the model. Every difference between modes is a field here. Names are never parsed."""
+    """One way to run the model."""
 
     name: str  # in the log, and for --modes
     base: str  # the name of the mode without graph, which gives the same outputs
@@ -170,10 +143,6 @@ class Mode:
     strict: bool = False  # no reduced-precision float32
     graph: bool = False  # captured as an NPU or CUDA graph, and replayed
     compiled: str = ""  # the mode that torch.compile compiles, to other operators: it has outputs of its own
-
-    @property
-    def in_half(self) -> bool:
-        return bool(self.amp or self.half)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -206,14 +175,13 @@ MODES = {mode.name: mode for base in BASE_MODES for name in (base.name,) for mod
          (base, dataclasses.replace(base, name=f"{name}+graph", graph=True),
           dataclasses.replace(base, name=f"{name}+compile", base=f"{name}+compile", compiled=name))}  # fmt: skip
 
-# Operands of the products of stage 1, large enough for the kernels that models get. A convolution has padding 1.
+# Operands of the products of stage 1, large enough for the kernels that models get.
 PROBES = {"matmul": ((1024, 1024), (1024, 1024)), "convolution": ((4, 64, 56, 56), (64, 64, 3, 3))}
 PRECISION_SEEDS, MODULE_INPUTS = 5, 2  # stage 4 has one input of each seed; modules get the first of them
 FIRST_IMAGES, IMAGE_BATCH = 4, 8  # images that stages 3 and 4 use beside seeded inputs; batch size of predictions
 DEFAULT_BATCH_SIZES, MAX_AUTO_BATCH = [1, 4, 8, 16], 1024
 SATURATION_GAIN = 1.05  # --batch-sizes auto ends if the double batch size gives less than 5 % more throughput
-# (least, most) seconds of warm-up for each batch size, and most seconds of timing. At least a second, because an idle
-# device runs at a low clock, and its latency is stable there, too. A CPU dry run should end in half a minute.
+# (least, most) seconds of warm-up, and most seconds of timing. An idle device is steady too, but at a low clock.
 WARMUP_SECONDS = {"cpu": (0.2, 0.5), "accelerator": (1.0, 30.0)}
 TIMED_SECONDS = {"cpu": 1.0, "accelerator": 30.0}
 STEADY, STEADY_BATCHES = 0.02, 10  # steady: the median of 10 batches is within 2 % of the median of the 10 before
@@ -222,7 +190,6 @@ HOST_BOUND = 0.8  # a row is host-bound if launching takes this share of its tim
 MAX_IQR = 0.1  # interquartile range over median, as in torch.utils.benchmark
 FEWEST_BATCHES = 5  # a row with fewer timed batches has no percentiles, and is not judged
 HEARTBEAT_SECONDS = 30  # without a terminal, until the next line that names the stage
-HUB_SECONDS = 10  # until the hub must have answered
 ALIVE_SECONDS = 30  # until a device that reported an error must have computed a small matmul
 ROLL_CALL_SECONDS = 5  # until each rank must have answered when torchrun ends a run
 MIB, GIB = 2**20, 2**30
@@ -250,7 +217,6 @@ class Context:
     unsupported: dict[Mode, str]  # requested modes that lack a compiler, with the reason
     meta_model: torch.nn.Module | None  # the model on the meta device, without memory; None if timm cannot build it
     compiler: str  # the backend of torch.compile, "" if it is not needed, or if none can be used
-
     report_progress: Callable  # restarts the timeout, extended by the seconds that it gets; and what is done meanwhile
 
     @property
@@ -259,7 +225,7 @@ class Context:
 
 
 def make_context(options: argparse.Namespace, device: torch.device, ranks: Ranks, report: Report) -> Context:
-    """Raises CannotRun if the device cannot run in a mode of --modes. Modes that lack a compiler are skipped instead."""
+    """Raises CannotRun if the device cannot run in a mode of --modes. Modes that lack a compiler are skipped."""
     modes = tuple(dict.fromkeys([FLOAT32, *(MODES[name] for name in options.modes)]))
     if reasons := [f"{mode.name}: {reason}" for mode in modes if (reason := mode.unsupported_reason(device))]:
         raise CannotRun(f"--modes {'; '.join(reasons)}")
@@ -286,7 +252,10 @@ def validate(context: Context, report: Report, baseline: Log | None) -> int:
     report.head(context)
     probe = report.run("device", device_stage(context))
     loaded = report.run("model", probe and model_stage(context, probe), "stage 1 was not finished")
-    loaded = all_ranks_work(report, ranks, loaded)
+    broken = [rank for rank, works in enumerate(ranks.gather("the model runs", loaded is not None)) if not works]
+    if broken and ranks.size > 1:
+        loaded, advice = None, "run it by itself for its whole log"
+        report.add(Entry(FAIL, f"devices.{rank}", "the model does not run on it", advice=advice) for rank in broken)
     outputs = report.run("outputs", loaded and outputs_stage(context, loaded), "the model does not run")
     checked = report.run("precision", loaded and precision_stage(context, loaded), "the model does not run")
     for _ in ranks.turns():
@@ -300,18 +269,10 @@ def validate(context: Context, report: Report, baseline: Log | None) -> int:
     return report.close(checked, timings)
 
 
-def all_ranks_work(report: Report, ranks: Ranks, loaded: Loaded | None) -> Loaded | None:
-    """`loaded` if the model runs on each device; else None, and a FAIL for each device on which it does not run."""
-    broken = [rank for rank, works in enumerate(ranks.gather("the model runs", loaded is not None)) if not works]
-    advice = "run it by itself for its whole log"
-    report.add(Entry(FAIL, f"devices.{rank}", "the model does not run on it", advice=advice) for rank in broken if ranks.size > 1)
-    return None if broken else loaded
-
-
 # --- Stage 1: device --------------------------------------------------------------------------------------------------
 
 def device_stage(context: Context) -> Stage[Probe]:
-    """Versions, settings, memory, and the precision of large products: torch also lists devices that do not start."""
+    """Versions, settings, memory, and the precision of large products."""
     device = context.device
     name, free = str(device), None
     if device.type != "cpu":
@@ -323,21 +284,17 @@ def device_stage(context: Context) -> Stage[Probe]:
     software = {"torch": torch.__version__, **accelerator_versions(device), "timm": timm.__version__}
     software |= {"numpy": np.__version__, "Python": platform.python_version()}
     probe = probe_device(context)
-    environment = [f"{name}={os.environ[name]}" for name in ENVIRONMENT if name in os.environ]
-    for name, text in {
+    facts = {
         "name": name,
         "uuid": device_uuid(device),
         "software": ", ".join(f"{name} {version}" for name, version in software.items()),
         "host": host_name(),
         "settings": ", ".join(settings(device)),
-        "environment": " ".join(environment),
+        "environment": " ".join(f"{name}={os.environ[name]}" for name in ENVIRONMENT if name in os.environ),
         "compiler": context.compiler and f"torch.compile with {context.compiler}",
         "fp32": str(probe),
-    }.items():
-        if text:
-            yield Entry(FACT, f"device.{name}", text)
-    if hasattr(torch, "torchvision_schemas"):
-        yield Entry(FACT, "device.torchvision", "imported without its compiled operators, which are for another torch")
+    }
+    yield from (Entry(FACT, f"device.{name}", text) for name, text in facts.items() if text)
     if free is not None:
         yield Entry(VARIES, "device.free_memory", f"{free / GIB:.1f} GiB")
     yield from judge_probe(probe, context)
@@ -347,11 +304,11 @@ def device_stage(context: Context) -> Stage[Probe]:
 def host_name() -> str:
     """Processor, memory, system and threads of the host, which is often the bottleneck."""
     processor, system = platform.machine(), platform.system()
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, TypeError):
         known = subprocess.run(["lscpu"], capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"}).stdout
-        processor = " ".join([re.search(r"Model name: *(.*)", known)[1], processor])
-        release = platform.freedesktop_os_release()
-        system = f"{release['NAME']} {release.get('VERSION_ID', '')}".strip()
+        processor = f"{re.search('Model name: *(.*)', known)[1]} {processor}"
+    with contextlib.suppress(OSError):
+        system = platform.freedesktop_os_release()["PRETTY_NAME"]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
     threads, cores = torch.get_num_threads(), os.cpu_count()
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
@@ -361,25 +318,23 @@ def host_name() -> str:
 
 def judge_probe(probe: Probe, context: Context) -> Iterator[Entry]:
     """Large products and GELU are as accurate as documented, and keep as many bits."""
-    unit = {kind: UNIT[context.documented[kind]] for kind in probe.products}
-    warn, fail = TOLERANCES["operator"]
     yield from PRODUCTS.header()
     for kind, (precision, found) in probe.products.items():
-        # Compared with the identified precision; if none was identified, with float64.
         advice = f"a plain {kind} is incorrect: check the device with the vendor's tools"
-        tolerance = Tolerance(warn * unit[kind], fail * unit[kind])
-        row = PRODUCTS, (), [precision.name if precision else "-"]
-        yield comparison(f"device.{kind}", found, tolerance, advice, row=row)
+        tolerance = Tolerance(*(UNIT[context.documented[kind]] * factor for factor in TOLERANCES["operator"]))
+        cells = [precision.name if precision else "-"]
+        yield comparison(f"device.{kind}", found, tolerance, advice, row=(PRODUCTS, (), cells))
     yield PRODUCTS.legend("a large product against the CPU in the precision that was identified, else in float64")
     fewer = [kind for kind, (precision, _) in probe.products.items()
              if precision and precision.bits < BITS[context.documented[kind]]]  # fmt: skip
     if fewer:
         problem = f"{', '.join(fewer)} keeps fewer bits than the settings and the chip's documentation promise"
-        yield Entry(WARN, "device.fewer_bits", problem, advice=f"find what sets it: {REDUCED_FP32.get(context.device.type, '')}")
+        advice = f"find what sets it: {REDUCED_FP32.get(context.device.type, '')}"
+        yield Entry(WARN, "device.fewer_bits", problem, advice=advice)
     error, tolerance = probe.gelu_error, TOLERANCES["gelu"]
-    mark = tolerance.mark(error)
     text = f"max abs {error:.1e} from the {probe.gelu_form} form, limit {tolerance.warn:.1e}"
-    yield Entry(mark, "device.gelu", text, advice="precision.module.GELU shows what it costs", numeric=True)
+    advice = "precision.module.GELU shows what it costs"
+    yield Entry(tolerance.mark(error), "device.gelu", text, advice=advice, numeric=True)
 
 
 # --- Stage 2: model ---------------------------------------------------------------------------------------------------
@@ -391,7 +346,6 @@ class Loaded(NamedTuple):
     device: torch.nn.Module  # its copy on the device
     inputs: torch.Tensor  # seeded, (largest batch size, C, H, W), float32, on the CPU
     images: torch.Tensor | None  # the first FIRST_IMAGES of --image, (N, C, H, W)
-    image_count: int
     first: dict[str, np.ndarray]  # outputs of the first forward pass on the device, at batch size 1
     maps: FeatureMaps | None  # None if timm has no feature maps for this model
     flops: int | None  # of the forward pass of one image
@@ -403,67 +357,62 @@ def model_stage(context: Context, probe: Probe) -> Stage[Loaded]:
     """Weights and inputs, the first forward pass, in which each operator must have a kernel, and the references."""
     options, device, ranks = context.options, context.device, context.ranks
     ranks.all_or_none("memory", lambda: check_memory(context))
-    started = time.perf_counter()
     cpu, source = ranks.all_or_none("model", lambda: load_model(options))
-    load_seconds = time.perf_counter() - started
     config = timm.data.resolve_model_data_config(cpu)
     inputs = draw_inputs(max(context.batch_sizes), config["input_size"], options.seed)
-    images, count = ranks.all_or_none("images", lambda: first_images(options.image, config))
-    if options.image:
+    images = ranks.all_or_none("images", lambda: first_images(options.image, config))
+    if images is not None:
         yield Entry(FACT, "model.images", str(len(images)))
     model = copy.deepcopy(cpu).to(device)
 
-    size = "x".join(map(str, config["input_size"]))
     mean, std = (" ".join(f"{value:g}" for value in config[name]) for name in ("mean", "std"))
     sent, received = sha256(cpu.state_dict()), sha256(model.state_dict())
     parameters, flops = sum(parameter.numel() for parameter in cpu.parameters()), count_flops(context, inputs.shape[1:])
     text = f"{parameters:,} parameters" + (f", {flops / 1e9:.1f} GFLOP per image" if flops else "")
     text += f", embedding {cpu.num_features}" if hasattr(cpu, "num_features") else ""
     yield Entry(FACT, "model.size", f"{text}, {getattr(cpu, 'num_classes', 0) or 'no'} classes")
-    text = f"{size} {config['interpolation']}, crop {config['crop_pct']:g}, mean {mean}, std {std}"
-    yield Entry(FACT, "model.preprocessing", text)
+    text = f"{shape_text(config['input_size'])} {config['interpolation']}, crop {config['crop_pct']:g}"
+    yield Entry(FACT, "model.preprocessing", f"{text}, mean {mean}, std {std}")
     yield Entry(FACT, "model.weights", source)
     yield Entry(FACT, "model.weights_sha256", sent)
-    yield Entry(FACT, "model.inputs_sha256", sha256({"inputs": inputs, **({} if images is None else {"images": images})}))
-    if sent == received:
-        yield Entry(PASS, "model.readback", f"weights on {device} are bit-identical to the host's")
-    else:
-        advice = "the device's memory, or the transfer to it and back, corrupts data: check the device"
-        yield Entry(FAIL, "model.readback", f"weights on {device} differ from the host's: SHA-256 {received}", advice=advice)
+    named = {"inputs": inputs} if images is None else {"inputs": inputs, "images": images}
+    yield Entry(FACT, "model.inputs_sha256", sha256(named))
+    text = "are bit-identical to the host's" if sent == received else f"differ from the host's: SHA-256 {received}"
+    advice = "the device's memory, or the transfer to it and back, corrupts data: check the device"
+    yield Entry(PASS if sent == received else FAIL, "model.readback", f"weights on {device} {text}", advice=advice)
 
     started = time.perf_counter()
     recorded = emulated_precision() if device.type == "npu" else contextlib.nullcontext()
     with deterministic_algorithms(), recorded as seen, stderr_copied(device) as printed:
         first = forward_outputs(model, inputs[:1].to(device))
-    first_seconds = time.perf_counter() - started
+    seconds = f"first forward pass {time.perf_counter() - started:.2f} s"
+    seconds += " with kernel compilation" if device.type != "cpu" else ""
     if seen:
         yield judge_fallback(device, seen.names, "".join(printed))
     started = time.perf_counter()
     maps = find_feature_maps(options, cpu, inputs[:1])
-    references = make_references(context, probe, cpu, maps, precision_inputs(context, inputs, images))
-    seconds = f"load {load_seconds:.1f} s, first forward pass {first_seconds:.2f} s"
-    seconds += " with kernel compilation" if device.type != "cpu" else ""
+    # One input of each of several seeds, as published figures have it, then the first images.
+    seeded = [draw_inputs(1, config["input_size"], options.seed + i) for i in range(PRECISION_SEEDS)]
+    compared = torch.cat(seeded if images is None else [*seeded, images])
+    references = make_references(context, probe, cpu, maps, compared)
     yield Entry(VARIES, "model.time", f"{seconds}, references on the CPU {time.perf_counter() - started:.1f} s")
     if device.type != "cpu":  # else stage 5 times it
         with torch.inference_mode():
             cpu_ms = [time_batch(cpu, inputs[:1], torch.device("cpu"))[1] for _ in range(2)]
         yield from CPU_LATENCY.header()
         yield CPU_LATENCY.entry(VARIES, "model.cpu_latency", np.median(cpu_ms), 1, torch.get_num_threads())
-    return Loaded(cpu, model, inputs, images, count, first, maps, flops, probe, references)
+    return Loaded(cpu, model, inputs, images, first, maps, flops, probe, references)
 
 
 def check_memory(context: Context, root: str = "/") -> None:
-    """Raises CannotRun if the host has less memory than the weights need: the system would kill the process.
-
-    8 bytes a parameter: float32 on the host, and float64, which replaces it for the reference; 4 more in a dry run.
-    Available is what the system has (MemAvailable), or what the container's limit (cgroup v2) leaves.
-    """
+    """Raises CannotRun if the system, or the limit of its container (cgroup v2), leaves less memory than is needed."""
 
     def number(path: str, pattern: str, missing: float = math.inf) -> float:
         with contextlib.suppress(OSError, TypeError), open(os.path.join(root, path), encoding="utf-8") as file:
             return int(re.search(pattern, file.read(), re.MULTILINE)[1])
         return missing  # no such file, or "max", which is no limit
 
+    # Bytes of a parameter: float64 replaces float32 for the reference. In a dry run the device's copy is here, too.
     each, processes = 12 if context.device.type == "cpu" else 8, context.ranks.local_size
     model, cgroup = context.meta_model, "sys/fs/cgroup/memory"
     needed = processes * each * sum(parameter.numel() for parameter in model.parameters()) if model else 0
@@ -476,10 +425,7 @@ def check_memory(context: Context, root: str = "/") -> None:
 
 
 def load_model(options: argparse.Namespace) -> tuple[torch.nn.Module, str]:
-    """The timm model in eval mode on the CPU, in float32, and the source of its weights.
-
-    Raises CannotRun if there is no such model, no weights, or the model does not run on the CPU, or gives NaN there.
-    """
+    """The timm model in eval mode on the CPU, in float32, and the source of its weights. Raises CannotRun."""
     name, weights = options.model, options.weights
     if weights == "pretrained" and name.startswith("local-dir:"):
         weights = name.removeprefix("local-dir:")
@@ -491,12 +437,12 @@ def load_model(options: argparse.Namespace) -> tuple[torch.nn.Module, str]:
         raise CannotRun(hub_failure(name, error, refused)) from error
     if refused:
         warn_user(f"the hub does not give the weights ({describe(refused)}): those in its cache are used")
-    source = f"random, seed {options.seed}"
     if pretrained:
-        # The config.json of a local folder may name a hub.
-        origin = {} if name.startswith("local-dir:") else getattr(model, "pretrained_cfg", {})
+        origin = getattr(model, "pretrained_cfg", {})
         source = f"pretrained, {origin.get('hf_hub_id') or origin.get('url') or name}"
-    elif weights != "random":
+    elif weights == "random":
+        source = f"random, seed {options.seed}"
+    else:
         source = load_weights_file(options, model, weights)
     size = timm.data.resolve_model_data_config(model)["input_size"]
     try:
@@ -506,11 +452,13 @@ def load_model(options: argparse.Namespace) -> tuple[torch.nn.Module, str]:
     except CannotRun:
         raise
     except Exception as error:
-        text = " x ".join(map(str, size))
-        raise CannotRun(f"{name} does not take inputs of {text} on the CPU: {describe(error)}") from error
-    if options.rope_bf16:
+        raise CannotRun(f"{name} does not take inputs of {shape_text(size)} on the CPU: {describe(error)}") from error
+    if options.rope_bf16:  # as the original DINOv3 stores them
+        rope = getattr(model, "rope", None)
+        if not hasattr(rope, "periods"):
+            raise CannotRun("--rope-bf16: this model has no RoPE periods")
+        rope.periods = rope.periods.to(torch.bfloat16).to(torch.float32)
         source += ", RoPE periods rounded to bfloat16"
-        round_rope_periods(model)
     return model, source
 
 
@@ -522,16 +470,16 @@ def check_outputs(model: torch.nn.Module, image: torch.Tensor) -> None:
         raise CannotRun("the forward pass of the model gives no tensor")
     first, main = to_host(whole[0]), parts[main_output(parts)]
     if not all(np.isfinite(output).all() for output in (first, *parts.values())):
-        names, found = {module: name for name, module in model.named_modules()}, ["the model"]
+        names, found = {module: name for name, module in model.named_modules()}, []
 
         def look(module, args, output) -> None:
-            if names.get(module) and not all(tensor.isfinite().all() for tensor in tensors_in(output)):
-                found.insert(-1, names[module])
+            if not all(tensor.isfinite().all() for tensor in tensors_in(output)):
+                found.append(names.get(module) or "the model")
 
         with torch.nn.modules.module.register_module_forward_hook(look):
             forward_outputs(model, image)
         problem = "the model gives NaN or Inf on the CPU, too, so that it cannot validate a device"
-        raise CannotRun(f"{problem}; it begins in {found[0]}")
+        raise CannotRun(f"{problem}; it begins in {[*found, 'the model'][0]}")
     if first.shape != main.shape or compare(first, main).max_row > UNEXPLAINED:
         raise CannotRun("model(x) is not forward_head(forward_features(x)), so that its outputs cannot be judged")
 
@@ -547,15 +495,15 @@ def create_model(options: argparse.Namespace, **more) -> torch.nn.Module:
             name, more = config["architecture"], {**(config.get("model_args") or {}), **more}
     if not options.img_size:
         return timm.create_model(name, **more)
-    height, width = options.img_size[0], options.img_size[-1]
+    size = options.img_size[0], options.img_size[-1]
     try:
-        model = timm.create_model(name, img_size=(height, width), **more)
+        model = timm.create_model(name, img_size=size, **more)
     except TypeError as error:
         if "img_size" not in str(error):
             raise
         model = timm.create_model(name, **more)
     channels = model.pretrained_cfg.get("input_size", (3,))[0]
-    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (channels, height, width)}  # for the transforms
+    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (channels, *size)}  # for the transforms
     return model
 
 
@@ -574,8 +522,8 @@ def check_name(name: str) -> None:
 
 def hub_failure(name: str, error: Exception, refused: Exception | None) -> str:
     """Why the model or its weights could not be loaded, and what to do. refused: what check_hub() returned."""
-    is_first = refused is not None and type(error).__name__ == "LocalEntryNotFoundError"  # nor are they in the cache
-    error = refused if is_first else error
+    not_cached = refused is not None and type(error).__name__ == "LocalEntryNotFoundError"
+    error = refused if not_cached else error
     text = f"{type(error).__name__}: {error}"
     if re.search("No pretrained weights|Invalid pretrained tag", text):
         near = ", ".join(timm.list_pretrained(name.split(".")[0] + "*")[:5]) or "none"
@@ -583,7 +531,7 @@ def hub_failure(name: str, error: Exception, refused: Exception | None) -> str:
     advice = next((advice for pattern, advice in HUB_ERRORS.items() if re.search(pattern, text)), "")
     if not advice:
         return f"timm cannot build {name} ({describe(error)})"
-    advice = unreachable_hub() if is_first and advice == STORAGE else advice
+    advice = unreachable_hub() if not_cached and advice == STORAGE else advice
     return f"the weights of {name} could not be loaded ({describe(error)}): {advice}, or use --weights FILE or random"
 
 
@@ -602,10 +550,7 @@ def unreachable_hub() -> str:
 
 
 def check_hub(name: str) -> Exception | None:
-    """Request the metadata of the file that timm loads first. The error that it gives is the cause that a user can remove.
-
-    After an error only the hub's cache is used, because its client would retry for minutes, and request other files.
-    """
+    """Request the metadata of the file that timm loads first. After an error, the result, only the cache is used."""
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, utils
 
     repository, file = name.removeprefix("hf-hub:"), "config.json"
@@ -618,11 +563,11 @@ def check_hub(name: str) -> Exception | None:
     repository, _, revision = repository.partition("@")
     for pause in (1, 2, 0):
         try:
-            found = get_hf_file_metadata(hf_hub_url(repository, file, revision=revision or None), timeout=HUB_SECONDS)
+            found = get_hf_file_metadata(hf_hub_url(repository, file, revision=revision or None), timeout=10)
             if found.commit_hash and found.etag:
                 return None
             refused = ValueError(f"{constants.ENDPOINT} does not send X-Repo-Commit and ETag, the headers of a hub")
-        except utils.EntryNotFoundError:  # timm tries other names, too
+        except utils.EntryNotFoundError:  # timm requests other names, too
             return None
         except Exception as error:  # of requests, or of httpx from huggingface_hub 1.0 on
             refused = error
@@ -635,11 +580,7 @@ def check_hub(name: str) -> Exception | None:
 
 
 def load_weights_file(options: argparse.Namespace, model: torch.nn.Module, path: str) -> str:
-    """Load a checkpoint from a file or folder into the model. Returns its source and what was changed, for the log.
-
-    Original key names are converted if timm has a filter for the model; the number of classes is the file's. Raises
-    CannotRun if the file is missing, damaged, of another model, or not fit to validate a device with.
-    """
+    """Load a checkpoint into the model, with its number of classes. Returns what was loaded. Raises CannotRun."""
     file = find_weights_file(path)
     checkpoint = read_checkpoint(file)
     original, notes = unwrap(checkpoint, model.state_dict())
@@ -682,7 +623,7 @@ def load_weights_file(options: argparse.Namespace, model: torch.nn.Module, path:
 
 
 def matching_size(options: argparse.Namespace, original: dict[str, torch.Tensor], keys: list[str]) -> list[str]:
-    """An advice: the image size for which these tensors of the model have the shapes of the file; or none."""
+    """The image size for which these tensors of the model have the shapes of the file, as advice; or none."""
     for size in IMAGE_SIZES if keys else ():
         with contextlib.suppress(Exception), torch.device("meta"):
             state = create_model(argparse.Namespace(**{**vars(options), "img_size": [size]})).state_dict()
@@ -692,23 +633,21 @@ def matching_size(options: argparse.Namespace, original: dict[str, torch.Tensor]
 
 
 def find_weights_file(path: str) -> str:
-    """The file at this path; in a folder, as git or the hub leaves it, its weights, safetensors before other formats."""
-    first = "model.safetensors", "*.safetensors.index.json", "*.safetensors", "pytorch_model.bin", "*.bin.index.json"
-    if os.path.isdir(path):
-        names = *first, *(f"*{end}" for end in WEIGHT_FILES)
-        folders = "", "snapshots/*"  # that of the hub's cache, models--ORGANISATION--NAME
-        patterns = [os.path.join(glob.escape(path), folder, name) for folder in folders for name in names]
-        found = [file for pattern in patterns for file in sorted(glob.glob(pattern))]
-        if not found:
-            raise CannotRun(f"the folder {path} has no weights: it needs a file {', '.join(WEIGHT_FILES)}")
-        return found[0]
-    if not os.path.isfile(path):
+    """The file at this path; in a folder, as git or the hub leaves it, its weights, safetensors first."""
+    if os.path.isfile(path):
+        return path
+    if not os.path.isdir(path):
         raise CannotRun(f"{path} does not exist (--weights takes pretrained, random, a file or a folder)")
-    return path
+    names = "model.safetensors", "*.safetensors.index.json", "*.safetensors", "pytorch_model.bin", "*.bin.index.json"
+    for folder in ("", "snapshots/*"):  # the second in the hub's cache, models--ORGANISATION--NAME
+        for name in (*names, *(f"*{end}" for end in WEIGHT_FILES)):
+            if found := sorted(glob.glob(os.path.join(glob.escape(path), folder, name))):
+                return found[0]
+    raise CannotRun(f"the folder {path} has no weights: it needs a file {', '.join(WEIGHT_FILES)}")
 
 
 def read_checkpoint(path: str) -> dict:
-    """The content of a checkpoint, all shards of an index. No code in it is executed. Raises CannotRun with the cause."""
+    """The content of a checkpoint, all shards of an index. No code in it is executed. Raises CannotRun."""
     try:
         with open(path, "rb") as file:
             start = file.read(512)
@@ -735,21 +674,18 @@ def read_checkpoint(path: str) -> dict:
     except CannotRun:
         raise
     except Exception as error:  # pickle, zipfile, safetensors, struct: a damaged file fails in many ways
-        reason = f"{describe(error)}; it may be cut: copy it again"
-        if isinstance(error, OSError) and error.strerror:
-            reason = error.strerror
-        elif found := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            reason = f"it holds a {found[1]}, not only tensors: save the model's state_dict() instead"
-        elif "weights_only" in str(error):
-            reason = "it is not plain tensors: save the model's state_dict() instead"
+        reason = getattr(error, "strerror", None) or f"{describe(error)}; it may be cut: copy it again"
+        if "weights_only" in str(error):
+            held = re.search(r"GLOBAL ([\w.]+)|$", str(error))[1] or "code"
+            reason = f"it holds {held}, not only tensors: save the model's state_dict() instead"
         raise CannotRun(f"the weights file {path} cannot be read: {reason}") from error
 
 
 def unwrap(checkpoint: dict, expected: dict) -> tuple[dict[str, torch.Tensor], list[str]]:
     """The tensors of the dictionary, and behind the prefix, under which most of the model's own keys are found.
 
-    Of several that have as many, EMA or a teacher is taken, else the first. If none has half of the keys, it is the
-    dictionary with most tensors, without their common prefix: timm may know its names. Also returns what was taken.
+    Of equals EMA or a teacher is taken, else the first. If none has half of the keys, the dictionary with most tensors
+    is taken, without their common prefix: timm may convert its names. Also returns what was taken, for the log.
     """
     candidates = []
     for place, tensors in nested_tensors(checkpoint):
@@ -792,10 +728,8 @@ def check_tensors(path: str, state: dict[str, torch.Tensor]) -> list[str]:
 def draw_weights(model: torch.nn.Module, seed: int) -> None:
     """Draw weights with which every block matters to the output, and activations are of order 1, in place.
 
-    timm's own initialisation hides the blocks: LayerScale of 1e-5, zeroed BatchNorms, and matrices so small that
-    attention is uniform. Here scales are about 1, biases small, tokens and positions of order 1. Matrices and BatchNorm
-    statistics get a power of two each, in a pass over two images: layer-sequential unit variance (arXiv:1511.06422).
-    Powers of two do not depend on the order of sums, so the weights are the same on every host.
+    timm's own initialisation hides blocks (LayerScale of 1e-5, zeroed BatchNorms, uniform attention). Layers are scaled
+    in a pass over two images (arXiv:1511.06422), by powers of two, so that all hosts get the same weights.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
@@ -821,26 +755,13 @@ def draw_weights(model: torch.nn.Module, seed: int) -> None:
     handles = {m: m.register_forward_hook(scale) for m in model.modules() if isinstance(m, layers)}
     with torch.no_grad():
         model(draw_inputs(2, timm.data.resolve_model_data_config(model)["input_size"], seed))
-    for handle in handles.values():
+    for handle in handles.values():  # of modules that were not called
         handle.remove()
 
 
-def round_rope_periods(model: torch.nn.Module) -> None:
-    """Round the RoPE periods to bfloat16, in place: so the original DINOv3 stores them. timm computes them in float32."""
-    modules = [module for module in model.modules() if isinstance(getattr(module, "periods", None), torch.Tensor)]
-    if not modules:
-        raise CannotRun("--rope-bf16: this model has no RoPE periods")
-    for module in modules:
-        module.periods = module.periods.to(torch.bfloat16).to(torch.float32)
-
-
 def draw_inputs(count: int, size: tuple[int, int, int], seed: int) -> torch.Tensor:
-    """Seeded inputs, (count, *size), float32: the same on every host, and the first ones of any longer draw.
-
-    Fine noise over coarse patches, of variance 1: averaged over the image, plain noise looks the same in every image.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    inputs = []
+    """Seeded inputs, (count, *size), float32: fine noise over coarse patches, in which images differ, of variance 1."""
+    generator, inputs = torch.Generator().manual_seed(seed), []
     for _ in range(count):
         coarse = torch.randn(1, size[0], 8, 8, generator=generator)
         fine = torch.randn(1, *size, generator=generator)
@@ -889,13 +810,14 @@ def load_images(given: list[str], config: dict) -> Iterator[tuple[str, torch.Ten
             raise CannotRun(f"the image {path} cannot be read: {describe(error)}") from error
 
 
-def first_images(given: list[str], config: dict) -> tuple[torch.Tensor | None, int]:
-    """The first FIRST_IMAGES, and the number of all. Each is read here, and again for predictions."""
+def first_images(given: list[str], config: dict) -> torch.Tensor | None:
+    """The first FIRST_IMAGES. The others are read, too, so that one that cannot be read ends the run here."""
     if not given:
-        return None, 0
+        return None
     readable = load_images(given, config)
     images = torch.stack([image for _, image in itertools.islice(readable, FIRST_IMAGES)])
-    return images, len(images) + sum(1 for _ in readable)
+    collections.deque(readable, maxlen=0)
+    return images
 
 
 def sha256(tensors: dict[str, torch.Tensor]) -> str:
@@ -918,10 +840,7 @@ class FeatureMaps(NamedTuple):
 
 
 def find_feature_maps(options: argparse.Namespace, cpu: torch.nn.Module, image: torch.Tensor) -> FeatureMaps | None:
-    """Which feature maps features_only=True gives, from the meta device. None if timm has none for this model.
-
-    The maps themselves come from the model's own forward_intermediates. image: (1, C, H, W), on the CPU.
-    """
+    """Which feature maps features_only=True gives; None if timm has none for this model."""
     try:
         with torch.device("meta"):
             maps = create_model(options, features_only=True)
@@ -938,26 +857,21 @@ def find_feature_maps(options: argparse.Namespace, cpu: torch.nn.Module, image: 
 def forward_outputs(model, inputs: torch.Tensor, maps: FeatureMaps | None = None) -> dict[str, np.ndarray]:
     """The outputs of one forward pass, on the host. The inputs are on the model's device and in its dtype.
 
-    "embedding", (B, C); "logits" if there is a classifier; "tokens", (B, N, C), or "unpooled" if a model has no tokens,
-    numbered if it has several; and "feature_map.1" and so on, (B, C, H, W), or (B, H, W, C) if timm's features_only
-    gives that.
+    "embedding", (B, C); "logits" of a classifier; "tokens", (B, N, C), else "unpooled"; "feature_map.1" and so on.
     """
     with torch.inference_mode():
         unpooled, found, classes = None, [], getattr(model, "num_classes", 0)
         try:
-            if maps and maps.in_one_pass:
+            if maps:
                 unpooled, found = model.forward_intermediates(inputs, indices=maps.indices)
-            else:
+            if not (maps and maps.in_one_pass):
                 unpooled = model.forward_features(inputs)
-                if maps:
-                    found = model.forward_intermediates(inputs, indices=maps.indices, intermediates_only=True)
             outputs = numbered("embedding", model.forward_head(unpooled, pre_logits=True))
             if classes:
                 outputs |= numbered("logits", model.forward_head(unpooled))
         except (NotImplementedError, TypeError, AttributeError):  # it has no such method: model(x) is its output
             outputs = numbered("logits" if classes else "embedding", model(inputs))
-        is_tokens = isinstance(unpooled, torch.Tensor) and unpooled.ndim == 3
-        outputs |= numbered("tokens" if is_tokens else "unpooled", unpooled)
+        outputs |= numbered("tokens" if getattr(unpooled, "ndim", 0) == 3 else "unpooled", unpooled)
         order = (0, 2, 3, 1) if maps and maps.channels_last else (0, 1, 2, 3)
         outputs |= {f"feature_map.{i}": output.permute(order) for i, output in enumerate(found, 1)}
         return {name: to_host(output) for name, output in outputs.items()}
@@ -982,18 +896,12 @@ def main_output(outputs: dict[str, np.ndarray]) -> str:
 
 
 def count_flops(context: Context, shape: tuple[int, ...]) -> int | None:
-    """Floating point operations of the forward pass of one image; None if the model does not run on the meta device.
-
-    On meta tensors attention is counted as its matrix products. The fused kernel of the CPU is not counted at all.
-    """
+    """Floating point operations of one image; None if the model does not run on meta tensors, which count attention."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    try:
-        with FlopCounterMode(display=False) as counter, torch.inference_mode():
-            context.meta_model(torch.empty(1, *shape, device="meta"))
+    with contextlib.suppress(Exception), torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        context.meta_model(torch.empty(1, *shape, device="meta"))
         return counter.get_total_flops()
-    except Exception:  # a model may do anything with a tensor that has no data
-        return None
 
 
 class References(NamedTuple):
@@ -1006,8 +914,6 @@ class References(NamedTuple):
     float32: dict[str, np.ndarray]
     errors: dict[str, float]  # e by output: float32 against exact, worst row
     costs: dict[str, float]  # C by output: reduced against expected, worst row
-    seconds: float  # for all passes
-    pass_seconds: float  # for the pass in float32
 
     @property
     def main(self) -> str:
@@ -1027,25 +933,16 @@ class References(NamedTuple):
 
 def fp32_tolerance(error: float, cost: float) -> Tolerance:
     """C x "expected cost" + e x "cpu error" of TOLERANCES. e is at least the rounding of float32."""
-    factors, error = zip(TOLERANCES["expected cost"], TOLERANCES["cpu error"]), max(error, 2**-24)
-    return Tolerance(*(cost_factor * cost + error_factor * error for cost_factor, error_factor in factors))
-
-
-def precision_inputs(context: Context, inputs: torch.Tensor, images: torch.Tensor | None) -> torch.Tensor:
-    """The inputs of stage 4: one of each of several seeds, as published figures have it, then the first images."""
-    seeds = range(context.options.seed, context.options.seed + PRECISION_SEEDS)
-    seeded = [draw_inputs(1, inputs.shape[1:], seed) for seed in seeds]
-    return torch.cat(seeded if images is None else [*seeded, images])
+    factors = zip(TOLERANCES["expected cost"], TOLERANCES["cpu error"])
+    return Tolerance(*(of_cost * cost + of_error * max(error, 2**-24) for of_cost, of_error in factors))
 
 
 def make_references(
     context: Context, probe: Probe, cpu: torch.nn.Module, maps: FeatureMaps | None, inputs: torch.Tensor
 ) -> References:
-    """One pass in float32, and at most three in float64. Raises RuntimeError if no product was intercepted."""
-    started, gelu = time.perf_counter(), probe.gelu
+    """One pass in float32, and at most three in float64."""
     float32 = forward_outputs(cpu, inputs, maps)
-    pass_seconds = time.perf_counter() - started
-    with emulated_precision(gelu=gelu) as seen:
+    with emulated_precision(gelu=probe.gelu) as seen:
         expected = exact = float64_outputs(cpu, inputs, maps)
     if not seen.products:
         raise RuntimeError("no matmul or convolution of this model was intercepted, so the reference is invalid")
@@ -1053,41 +950,31 @@ def make_references(
         exact = float64_outputs(cpu, inputs, maps)
     reduced, rounding = expected, probe.rounding(context.documented)
     if rounding.keys() & seen.products:
-        with emulated_precision(rounding, gelu):
+        with emulated_precision(rounding, probe.gelu):
             reduced = float64_outputs(cpu, inputs, maps)
     errors, costs = worst_rows(float32, exact), worst_rows(reduced, expected)
-    seconds = time.perf_counter() - started
-    return References(inputs, exact, expected, reduced, float32, errors, costs, seconds, pass_seconds)
+    return References(inputs, exact, expected, reduced, float32, errors, costs)
 
 
 def float64_outputs(cpu: torch.nn.Module, inputs: torch.Tensor, maps: FeatureMaps | None) -> dict[str, np.ndarray]:
-    with as_float64(cpu) as double:
-        return forward_outputs(double, inputs.double(), maps)
+    """Its outputs in float64, without a second copy of its weights. Afterwards they are unchanged."""
+    dtypes = [tensor.dtype for tensor in tensors_of(cpu)]
+    try:
+        return forward_outputs(clear_cached_biases(cpu.double()), inputs.double(), maps)
+    finally:
+        for tensor, dtype in zip(tensors_of(cpu), dtypes):
+            tensor.data = tensor.data.to(dtype)
+        clear_cached_biases(cpu)
 
 
 def worst_rows(outputs: dict[str, np.ndarray], references: dict[str, np.ndarray]) -> dict[str, float]:
     """The relative L2 error of the worst row, by output."""
-    return {name: 0.0 if output is references[name] else compare(output, references[name]).max_row
-            for name, output in outputs.items()}  # fmt: skip
-
-
-@contextlib.contextmanager
-def as_float64(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """Inside, the model computes in float64, without a second copy of its weights. Afterwards they are unchanged."""
-    dtypes = [tensor.dtype for tensor in tensors_of(model)]
-    try:
-        yield clear_cached_biases(model.double())
-    finally:
-        for tensor, dtype in zip(tensors_of(model), dtypes):
-            tensor.data = tensor.data.to(dtype)
-        clear_cached_biases(model)
+    return {name: compare(output, references[name]).max_row for name, output in outputs.items()}
 
 
 def clear_cached_biases(model: torch.nn.Module) -> torch.nn.Module:
     """The same model. Some models of timm cache attention biases in the dtype that the weights had, until train()."""
-    model.train()
-    model.eval()
-    return model
+    return model.train().eval()
 
 
 def tensors_of(model: torch.nn.Module) -> list[torch.Tensor]:
@@ -1256,16 +1143,15 @@ def precision_stage(context: Context, loaded: Loaded) -> Stage[Precision]:
         costs = {"GELU": references.gelu_cost, reduced_names(context.documented): references.costs[main]}
         costs = {name: cost for name, cost in costs.items() if cost}
         yield from explain_precision(context, loaded, results, costs)
-        if loaded.image_count:
+        if loaded.images is not None:
             yield from compare_predictions(context, loaded)
         yield from judge_modules(modules)
         yield control
-    seconds = time.perf_counter() - started + references.seconds
+    seconds = time.perf_counter() - started
     import resource  # not on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / GIB
-    passes = f"{seconds:.1f} s with references, {seconds / references.pass_seconds:.1f} x a float32 pass on the CPU"
-    yield Entry(VARIES, "precision.time", f"{passes}; peak {peak:.1f} GiB")
+    yield Entry(VARIES, "precision.time", f"{seconds:.1f} s; peak {peak:.1f} GiB")
     bad = {}  # the first of each module, which may fail in strict mode and by default
     for module in (module for module in modules if module.mark != PASS):
         limit = module.tolerance.limit(module.mark)
@@ -1337,7 +1223,7 @@ def judge_mode(
     try:
         units = mode_units(context, loaded, mode)
     except RuntimeError as error:  # such as a LSTM in float16
-        if not mode.in_half:
+        if not (mode.amp or mode.half):
             raise
         yield PRECISION.note(SKIP, f"precision.{mode.name}", f"no reference, the CPU fails: {first_line(error)}")
         return None, None
@@ -1356,7 +1242,7 @@ def judge_mode(
 def mode_units(context: Context, loaded: Loaded, mode: Mode) -> dict[str, Unit]:
     """The unit of the limit of each output. In half precision it is the error of the CPU in the same mode."""
     references = loaded.references
-    if mode.in_half:
+    if mode.amp or mode.half:
         model = clear_cached_biases(copy.deepcopy(loaded.cpu).to(mode.dtype)) if mode.half else loaded.cpu
         with emulated_precision(gelu=loaded.probe.gelu), mode.active(torch.device("cpu")):
             half = forward_outputs(model, references.inputs.to(mode.dtype), loaded.maps)
@@ -2182,7 +2068,7 @@ def fastest_modes(
     yield from FASTEST.header()
     for timing in best:
         rate = flops and flops * timing.throughput / 1e12
-        share = rate / peak if rate and peak and timing.mode.in_half else None
+        share = rate / peak if rate and peak and (timing.mode.amp or timing.mode.half) else None
         speedup, bar = timing.throughput / best[0].throughput, "#" * round(BAR_WIDTH * timing.throughput / highest)
         cells = timing.batch, timing.throughput, speedup, errors.get(timing.mode.base), rate, share, bar
         yield FASTEST.entry(VARIES, f"throughput.best.{timing.mode.name}", *cells)

@@ -318,7 +318,7 @@ def changed(change):
         (changed(lambda x: x.to(torch.float8_e4m3fn)), "is quantised (blocks.0.mlp.fc1.weight is float8_e4m3fn)"),
         (lambda state, path: torch.save({k: t * 0 for k, t in state.items()}, path), "f.pth is all zeros"),
         (lambda state, path: torch.save(timm.create_model("test_vit"), path),
-         "it holds a timm.models.vision_transformer.VisionTransformer, not only tensors: save the model's state_dict()"),
+         "it holds timm.models.vision_transformer.VisionTransformer, not only tensors: save the model's state_dict()"),
         (lambda state, path: torch.save([torch.ones(2)], path), "f.pth holds a list, not a state dict"),
         (lambda state, path: torch.save({"embeddings.cls_token": torch.ones(1, 2)}, path), "these names are those of transformers"),
     ],

@@ -360,4 +360,4 @@ def test_the_limit_is_a_multiple_of_the_expected_cost_and_of_the_error_of_the_cp
 def test_each_output_has_the_limit_of_its_error_and_cost(name, cost, tolerance):
     outputs = {"embedding": None, "logits": None}
     errors, costs = {"embedding": 1e-6, "logits": 3e-6}, {"embedding": 2e-3, "logits": 4e-3}
-    assert v.References(None, *[outputs] * 4, errors, costs, 1.0, 1.0).tolerance(name, cost) == tolerance
+    assert v.References(None, *[outputs] * 4, errors, costs).tolerance(name, cost) == tolerance
