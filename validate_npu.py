@@ -46,6 +46,7 @@ import dataclasses
 import difflib
 import functools
 import glob
+import hashlib
 import itertools
 import json
 import math
@@ -64,6 +65,7 @@ import textwrap
 import threading
 import time
 import warnings
+import zipfile
 from collections.abc import Callable, Generator, Iterable, Iterator
 from importlib.util import find_spec
 from typing import NamedTuple, TypeVar
@@ -116,18 +118,15 @@ TOLERANCES = {
     # 3 times in half precision; healthy devices reach 1.04 times.
     "half": Tolerance(3, 6),
 }
-# Nothing below this fails against the CPU while no module fails: not all published errors (to 1.9e-2) are explained.
-UNEXPLAINED = 1e-2
+UNEXPLAINED = 1e-2  # nothing below fails while no module fails: not all published errors (to 1.9e-2) are explained
 ELEMENT_FACTOR = 32  # an element may exceed the limit of its row by this factor (17 to 21 on healthy devices)
 ROW_NORM_FLOOR = 0.1  # row norms are clamped to this share of the RMS row norm, to avoid dividing by zero
 MAX_CPU_ERROR, MAX_EXPECTED_COST = 1e-3, 0.1  # if e or C is larger, an output cannot be used to judge the device
-# The precision of a product is identified below this error: float32 kernels differ by 1e-6, 11 bits from 10 by 1e-4.
-IDENTIFIED = 2**-16
+IDENTIFIED = 2**-16  # the precision of a product: float32 kernels differ by 1e-6, 11 bits from 10 by 1e-4
 PREDICTION_FACTOR = 8  # another class may be predicted if the margin is below this many times the expected cost
 CONTROL_SCALE = 1.01  # the negative control: one weight is scaled by this
 DISTINCT_REL_L2 = 1e-5  # below it two outputs are equal: rounding causes 1e-6, another image 2e-3 or more (lcnet_050)
-# Between two logs an error is worse if it grew by more than this share, and is above 64 units of float32 rounding.
-ERROR_GROWTH, ROUNDING = 0.25, 2**-17
+ERROR_GROWTH, ROUNDING = 0.25, 2**-17  # an error that grew by over 25 % between logs, and is above 2**-17, is worse
 MAX_TOLERATED_SLOWDOWN = 50  # percent: if the spreads of two runs allow a larger one, speed is not judged
 
 
@@ -561,19 +560,15 @@ def check_hub(name: str) -> Exception | None:
     if constants.HF_HUB_OFFLINE or not repository or repository == name:
         return None
     repository, _, revision = repository.partition("@")
-    for pause in (1, 2, 0):
-        try:
-            found = get_hf_file_metadata(hf_hub_url(repository, file, revision=revision or None), timeout=10)
-            if found.commit_hash and found.etag:
-                return None
-            refused = ValueError(f"{constants.ENDPOINT} does not send X-Repo-Commit and ETag, the headers of a hub")
-        except utils.EntryNotFoundError:  # timm requests other names, too
+    try:
+        found = get_hf_file_metadata(hf_hub_url(repository, file, revision=revision or None), timeout=10)
+        if found.commit_hash and found.etag:
             return None
-        except Exception as error:  # of requests, or of httpx from huggingface_hub 1.0 on
-            refused = error
-        if "server error" not in str(refused).lower():
-            break
-        time.sleep(pause)
+        refused = ValueError(f"{constants.ENDPOINT} does not send X-Repo-Commit and ETag, the headers of a hub")
+    except utils.EntryNotFoundError:  # timm requests other names, too
+        return None
+    except Exception as error:  # of requests, or of httpx from huggingface_hub 1.0 on
+        refused = error
     constants.HF_HUB_OFFLINE = True
     getattr(utils, "reset_sessions", lambda: None)()  # before 1.0 a session keeps its first setting
     return refused
@@ -654,8 +649,6 @@ def read_checkpoint(path: str) -> dict:
         if start[8:9] == b"{":  # after the length of the header, whatever the name of the file is
             return safetensors.torch.load_file(path)
         if start.startswith(b"PK"):
-            import zipfile
-
             start = " ".join(["PK", *zipfile.ZipFile(path).namelist()]).encode()
         if kind := next((kind for begins, kind in FOREIGN_FILES.items() if re.match(begins, start, re.DOTALL)), ""):
             raise CannotRun(f"the weights file {path} cannot be read: {kind}")
@@ -676,8 +669,7 @@ def read_checkpoint(path: str) -> dict:
     except Exception as error:  # pickle, zipfile, safetensors, struct: a damaged file fails in many ways
         reason = getattr(error, "strerror", None) or f"{describe(error)}; it may be cut: copy it again"
         if "weights_only" in str(error):
-            held = re.search(r"GLOBAL ([\w.]+)|$", str(error))[1] or "code"
-            reason = f"it holds {held}, not only tensors: save the model's state_dict() instead"
+            reason = "it holds more than tensors: save the model's state_dict() instead"
         raise CannotRun(f"the weights file {path} cannot be read: {reason}") from error
 
 
@@ -792,12 +784,10 @@ def load_images(given: list[str], config: dict) -> Iterator[tuple[str, torch.Ten
     from PIL import Image
     from tqdm import tqdm
 
-    channels, paths = config["input_size"][0], image_files(given)
-    if channels not in IMAGE_MODES:
-        raise CannotRun(f"the model takes inputs of {channels} channels, which images do not have")
-    if len(config["mean"]) != channels:
-        problem = f"the model takes {channels} channel(s), and its pretrained_cfg has {len(config['mean'])} means"
-        raise CannotRun(f"{problem}: give it {channels} in config.json, or leave out --image")
+    channels, means, paths = config["input_size"][0], len(config["mean"]), image_files(given)
+    if channels not in IMAGE_MODES or channels != means:
+        problem = f"the model takes {channels} channel(s), and its pretrained_cfg has {means} means"
+        raise CannotRun(f"{problem}: --image needs 1 or 3 channels, with as many means in config.json")
     transform = timm.data.create_transform(**config, is_training=False)
     for path in tqdm(paths, desc="images", leave=False, disable=True if len(paths) < 16 else None):
         try:
@@ -822,8 +812,6 @@ def first_images(given: list[str], config: dict) -> torch.Tensor | None:
 
 def sha256(tensors: dict[str, torch.Tensor]) -> str:
     """SHA-256 over names, dtypes, shapes and bytes, in order."""
-    import hashlib
-
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
