@@ -12,17 +12,17 @@
 Method. The reference is the same model with the same weights and inputs on the CPU in float64, with the form of GELU
 that the device computes. Each output of the model is compared with it twice:
 
-    strict     Reduced-precision float32 (HF32 on Ascend, TF32 on CUDA) is disabled on the device.
+    strict     Reduced-precision float32 (HF32 on Ascend, TF32 on CUDA) is disabled on the device. A CPU has none.
     float32    Default settings, as users run the model.
 
-WARN above 2 C + 64 e, FAIL above 4 C + 256 e; while no module fails, FAIL is not below 1e-2. e is the error of the CPU
-in float32. C is the expected cost: the change of the reference when the operands of all products of the documented
-kinds are rounded to the documented precision; it is 0 in strict mode. In half precision the limits are 3 and 6 times
-the error of the CPU in the same mode. All errors are relative L2 errors of the worst row (an image, or a token of an
-image), or of the worst element divided by 32, whichever is larger. A batch against single images, timed outputs,
-graphs and devices are compared in the same way and with the same limits. Each module also runs on the device by
-itself, on the inputs that it has on the CPU, so that an error is seen where it arises. As a negative control one
-weight of the device is scaled by 1.01; a run that does not detect it fails.
+e is the error of the CPU in float32. C is the expected cost: the change of the reference when the operands of all
+products of the documented kinds are rounded to the documented precision; it is 0 in strict mode. WARN above
+2 C + 64 e, FAIL above 4 C + 256 e, but not below 1e-2 as long as each single module passes. In half precision the
+limits are 3 and 6 times the error of the CPU in the same mode. All errors are relative L2 errors of the worst row (an
+image, or a token of an image), or of the worst element divided by 32, whichever is larger. A batch against single
+images, timed outputs, graphs and devices are compared in the same way and with the same limits. Each module also runs
+on the device by itself, on the inputs that it has on the CPU, so that an error is seen where it arises. As a negative
+control one weight of the device is scaled by 1.01; a run that does not detect it fails.
 
 NaN, Inf and overflow. compare() counts them on both sides. NaN and Inf equal nothing, so each of them on the device is
 a FAIL. If the reference has them as well (float16 overflows on the CPU, too), the output is "not judged": WARN.
@@ -41,8 +41,8 @@ Where things are, from top to bottom:
     The report          Entry is a line, Table its columns, Report prints and writes them
     The command line    options, and main()
 
-To add an autocast dtype, add its name to BASE_MODES. To add a check, yield it from a stage; it is printed, counted and
-compared between logs by its id:
+To add an autocast dtype, add it to the dtypes of the amp- line under BASE_MODES. To add a check, yield it from a stage;
+it is printed, counted and compared between logs by its id:
 
     found = compare(actual, reference)                       # two arrays of shape (B, ...)
     yield comparison("outputs.flipped", found, Tolerance(warn=1e-5, fail=1e-3))
@@ -61,6 +61,7 @@ import dataclasses
 import difflib
 import functools
 import glob
+import hashlib
 import itertools
 import json
 import math
@@ -79,6 +80,7 @@ import textwrap
 import threading
 import time
 import warnings
+import zipfile
 from collections.abc import Callable, Generator, Iterable, Iterator
 from importlib.util import find_spec
 from typing import NamedTuple, TypeVar
@@ -222,7 +224,6 @@ HOST_BOUND = 0.8  # a row is host-bound if launching takes this share of its tim
 MAX_IQR = 0.1  # interquartile range over median, as in torch.utils.benchmark
 FEWEST_BATCHES = 5  # a row with fewer timed batches has no percentiles, and is not judged
 HEARTBEAT_SECONDS = 30  # without a terminal, until the next line that names the stage
-HUB_SECONDS = 10  # until the hub must have answered
 ALIVE_SECONDS = 30  # until a device that reported an error must have computed a small matmul
 ROLL_CALL_SECONDS = 5  # until each rank must have answered when torchrun ends a run
 MIB, GIB = 2**20, 2**30
@@ -250,7 +251,6 @@ class Context:
     unsupported: dict[Mode, str]  # requested modes that lack a compiler, with the reason
     meta_model: torch.nn.Module | None  # the model on the meta device, without memory; None if timm cannot build it
     compiler: str  # the backend of torch.compile, "" if it is not needed, or if none can be used
-
     report_progress: Callable  # restarts the timeout, extended by the seconds that it gets; and what is done meanwhile
 
     @property
@@ -259,7 +259,7 @@ class Context:
 
 
 def make_context(options: argparse.Namespace, device: torch.device, ranks: Ranks, report: Report) -> Context:
-    """Raises CannotRun if the device cannot run in a mode of --modes. Modes that lack a compiler are skipped instead."""
+    """Raises CannotRun if the device cannot run in a mode of --modes. Modes that lack a compiler are skipped."""
     modes = tuple(dict.fromkeys([FLOAT32, *(MODES[name] for name in options.modes)]))
     if reasons := [f"{mode.name}: {reason}" for mode in modes if (reason := mode.unsupported_reason(device))]:
         raise CannotRun(f"--modes {'; '.join(reasons)}")
@@ -286,7 +286,10 @@ def validate(context: Context, report: Report, baseline: Log | None) -> int:
     report.head(context)
     probe = report.run("device", device_stage(context))
     loaded = report.run("model", probe and model_stage(context, probe), "stage 1 was not finished")
-    loaded = all_ranks_work(report, ranks, loaded)
+    broken = [rank for rank, works in enumerate(ranks.gather("the model runs", loaded is not None)) if not works]
+    if broken and ranks.size > 1:
+        loaded, advice = None, "run it by itself for its whole log"
+        report.add(Entry(FAIL, f"devices.{rank}", "the model does not run on it", advice=advice) for rank in broken)
     outputs = report.run("outputs", loaded and outputs_stage(context, loaded), "the model does not run")
     checked = report.run("precision", loaded and precision_stage(context, loaded), "the model does not run")
     for _ in ranks.turns():
@@ -300,18 +303,10 @@ def validate(context: Context, report: Report, baseline: Log | None) -> int:
     return report.close(checked, timings)
 
 
-def all_ranks_work(report: Report, ranks: Ranks, loaded: Loaded | None) -> Loaded | None:
-    """`loaded` if the model runs on each device; else None, and a FAIL for each device on which it does not run."""
-    broken = [rank for rank, works in enumerate(ranks.gather("the model runs", loaded is not None)) if not works]
-    advice = "run it by itself for its whole log"
-    report.add(Entry(FAIL, f"devices.{rank}", "the model does not run on it", advice=advice) for rank in broken if ranks.size > 1)
-    return None if broken else loaded
-
-
 # --- Stage 1: device --------------------------------------------------------------------------------------------------
 
 def device_stage(context: Context) -> Stage[Probe]:
-    """Versions, settings, memory, and the precision of large products: torch also lists devices that do not start."""
+    """Versions, settings, memory, and the precision of large products."""
     device = context.device
     name, free = str(device), None
     if device.type != "cpu":
@@ -323,19 +318,17 @@ def device_stage(context: Context) -> Stage[Probe]:
     software = {"torch": torch.__version__, **accelerator_versions(device), "timm": timm.__version__}
     software |= {"numpy": np.__version__, "Python": platform.python_version()}
     probe = probe_device(context)
-    environment = [f"{name}={os.environ[name]}" for name in ENVIRONMENT if name in os.environ]
-    for name, text in {
+    facts = {
         "name": name,
         "uuid": device_uuid(device),
         "software": ", ".join(f"{name} {version}" for name, version in software.items()),
         "host": host_name(),
         "settings": ", ".join(settings(device)),
-        "environment": " ".join(environment),
+        "environment": " ".join(f"{name}={os.environ[name]}" for name in ENVIRONMENT if name in os.environ),
         "compiler": context.compiler and f"torch.compile with {context.compiler}",
         "fp32": str(probe),
-    }.items():
-        if text:
-            yield Entry(FACT, f"device.{name}", text)
+    }
+    yield from (Entry(FACT, f"device.{name}", text) for name, text in facts.items() if text)
     if hasattr(torch, "torchvision_schemas"):
         yield Entry(FACT, "device.torchvision", "imported without its compiled operators, which are for another torch")
     if free is not None:
@@ -347,9 +340,10 @@ def device_stage(context: Context) -> Stage[Probe]:
 def host_name() -> str:
     """Processor, memory, system and threads of the host, which is often the bottleneck."""
     processor, system = platform.machine(), platform.system()
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, TypeError):
         known = subprocess.run(["lscpu"], capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"}).stdout
-        processor = " ".join([re.search(r"Model name: *(.*)", known)[1], processor])
+        processor = f"{re.search('Model name: *(.*)', known)[1]} {processor}"
+    with contextlib.suppress(OSError):
         release = platform.freedesktop_os_release()
         system = f"{release['NAME']} {release.get('VERSION_ID', '')}".strip()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
@@ -361,13 +355,10 @@ def host_name() -> str:
 
 def judge_probe(probe: Probe, context: Context) -> Iterator[Entry]:
     """Large products and GELU are as accurate as documented, and keep as many bits."""
-    unit = {kind: UNIT[context.documented[kind]] for kind in probe.products}
-    warn, fail = TOLERANCES["operator"]
     yield from PRODUCTS.header()
     for kind, (precision, found) in probe.products.items():
-        # Compared with the identified precision; if none was identified, with float64.
         advice = f"a plain {kind} is incorrect: check the device with the vendor's tools"
-        tolerance = Tolerance(warn * unit[kind], fail * unit[kind])
+        tolerance = Tolerance(*(UNIT[context.documented[kind]] * factor for factor in TOLERANCES["operator"]))
         row = PRODUCTS, {"precision": precision and precision.name}
         yield comparison(f"device.{kind}", found, tolerance, advice, row=row)
     yield PRODUCTS.legend("a large product against the CPU in the precision that was identified, else in float64")
@@ -378,9 +369,9 @@ def judge_probe(probe: Probe, context: Context) -> Iterator[Entry]:
         advice = "find what sets it: allow_hf32, allow_tf32, torch.npu.matmul.cube_math_type"
         yield Entry(WARN, "device.fewer_bits", problem, advice=advice)
     error, tolerance = probe.gelu_error, TOLERANCES["gelu"]
-    mark = tolerance.mark(error)
     text = f"max abs {error:.1e} from the {probe.gelu_form} form, limit {tolerance.warn:.1e}"
-    yield Entry(mark, "device.gelu", text, advice="precision.module.GELU shows what it costs", numeric=True)
+    advice = "precision.module.GELU shows what it costs"
+    yield Entry(tolerance.mark(error), "device.gelu", text, advice=advice, numeric=True)
 
 
 # --- Stage 2: model ---------------------------------------------------------------------------------------------------
@@ -392,7 +383,6 @@ class Loaded(NamedTuple):
     device: torch.nn.Module  # its copy on the device
     inputs: torch.Tensor  # seeded, (largest batch size, C, H, W), float32, on the CPU
     images: torch.Tensor | None  # the first FIRST_IMAGES of --image, (N, C, H, W)
-    image_count: int
     first: dict[str, np.ndarray]  # outputs of the first forward pass on the device, at batch size 1
     maps: FeatureMaps | None  # None if timm has no feature maps for this model
     flops: int | None  # of the forward pass of one image
@@ -404,67 +394,62 @@ def model_stage(context: Context, probe: Probe) -> Stage[Loaded]:
     """Weights and inputs, the first forward pass, in which each operator must have a kernel, and the references."""
     options, device, ranks = context.options, context.device, context.ranks
     ranks.all_or_none("memory", lambda: check_memory(context))
-    started = time.perf_counter()
     cpu, source = ranks.all_or_none("model", lambda: load_model(options))
-    load_seconds = time.perf_counter() - started
     config = timm.data.resolve_model_data_config(cpu)
     inputs = draw_inputs(max(context.batch_sizes), config["input_size"], options.seed)
-    images, count = ranks.all_or_none("images", lambda: first_images(options.image, config))
-    if options.image:
+    images = ranks.all_or_none("images", lambda: first_images(options.image, config))
+    if images is not None:
         yield Entry(FACT, "model.images", str(len(images)))
     model = copy.deepcopy(cpu).to(device)
 
-    size = "x".join(map(str, config["input_size"]))
     mean, std = (" ".join(f"{value:g}" for value in config[name]) for name in ("mean", "std"))
     sent, received = sha256(cpu.state_dict()), sha256(model.state_dict())
     parameters, flops = sum(parameter.numel() for parameter in cpu.parameters()), count_flops(context, inputs.shape[1:])
     text = f"{parameters:,} parameters" + (f", {flops / 1e9:.1f} GFLOP per image" if flops else "")
     text += f", embedding {cpu.num_features}" if hasattr(cpu, "num_features") else ""
     yield Entry(FACT, "model.size", f"{text}, {getattr(cpu, 'num_classes', 0) or 'no'} classes")
-    text = f"{size} {config['interpolation']}, crop {config['crop_pct']:g}, mean {mean}, std {std}"
-    yield Entry(FACT, "model.preprocessing", text)
+    text = f"{shape_text(config['input_size'])} {config['interpolation']}, crop {config['crop_pct']:g}"
+    yield Entry(FACT, "model.preprocessing", f"{text}, mean {mean}, std {std}")
     yield Entry(FACT, "model.weights", source)
     yield Entry(FACT, "model.weights_sha256", sent)
-    yield Entry(FACT, "model.inputs_sha256", sha256({"inputs": inputs, **({} if images is None else {"images": images})}))
-    if sent == received:
-        yield Entry(PASS, "model.readback", f"weights on {device} are bit-identical to the host's")
-    else:
-        advice = "the device's memory, or the transfer to it and back, corrupts data: check the device"
-        yield Entry(FAIL, "model.readback", f"weights on {device} differ from the host's: SHA-256 {received}", advice=advice)
+    named = {"inputs": inputs} if images is None else {"inputs": inputs, "images": images}
+    yield Entry(FACT, "model.inputs_sha256", sha256(named))
+    text = "are bit-identical to the host's" if sent == received else f"differ from the host's: SHA-256 {received}"
+    advice = "the device's memory, or the transfer to it and back, corrupts data: check the device"
+    yield Entry(PASS if sent == received else FAIL, "model.readback", f"weights on {device} {text}", advice=advice)
 
     started = time.perf_counter()
     recorded = emulated_precision() if device.type == "npu" else contextlib.nullcontext()
     with deterministic_algorithms(), recorded as seen, stderr_copied(device) as printed:
         first = forward_outputs(model, inputs[:1].to(device))
-    first_seconds = time.perf_counter() - started
+    seconds = f"first forward pass {time.perf_counter() - started:.2f} s"
+    seconds += " with kernel compilation" if device.type != "cpu" else ""
     if seen:
         yield judge_fallback(device, seen.names, "".join(printed))
     started = time.perf_counter()
     maps = find_feature_maps(options, cpu, inputs[:1])
-    references = make_references(context, probe, cpu, maps, precision_inputs(context, inputs, images))
-    seconds = f"load {load_seconds:.1f} s, first forward pass {first_seconds:.2f} s"
-    seconds += " with kernel compilation" if device.type != "cpu" else ""
+    # One input of each of several seeds, as published figures have it, then the first images.
+    seeded = [draw_inputs(1, config["input_size"], options.seed + i) for i in range(PRECISION_SEEDS)]
+    compared = torch.cat(seeded if images is None else [*seeded, images])
+    references = make_references(context, probe, cpu, maps, compared)
     yield Entry(VARIES, "model.time", f"{seconds}, references on the CPU {time.perf_counter() - started:.1f} s")
     if device.type != "cpu":  # else stage 5 times it
         with torch.inference_mode():
             cpu_ms = [time_batch(cpu, inputs[:1], torch.device("cpu"))[1] for _ in range(2)]
         yield from CPU_LATENCY.header()
         yield CPU_LATENCY.entry(VARIES, "model.cpu_latency", np.median(cpu_ms), 1, torch.get_num_threads())
-    return Loaded(cpu, model, inputs, images, count, first, maps, flops, probe, references)
+    return Loaded(cpu, model, inputs, images, first, maps, flops, probe, references)
 
 
 def check_memory(context: Context, root: str = "/") -> None:
-    """Raises CannotRun if the host has less memory than the weights need: the system would kill the process.
-
-    8 bytes a parameter: float32 on the host, and float64, which replaces it for the reference; 4 more in a dry run.
-    Available is what the system has (MemAvailable), or what the container's limit (cgroup v2) leaves.
-    """
+    """Raises CannotRun if the system, or the limit of its container (cgroup v2), leaves less memory than is needed."""
 
     def number(path: str, pattern: str, missing: float = math.inf) -> float:
         with contextlib.suppress(OSError, TypeError), open(os.path.join(root, path), encoding="utf-8") as file:
             return int(re.search(pattern, file.read(), re.MULTILINE)[1])
         return missing  # no such file, or "max", which is no limit
 
+    # Bytes of a parameter: float64 replaces float32 for the reference. In a dry run the device's copy is here, too.
     each, processes = 12 if context.device.type == "cpu" else 8, context.ranks.local_size
     model, cgroup = context.meta_model, "sys/fs/cgroup/memory"
     needed = processes * each * sum(parameter.numel() for parameter in model.parameters()) if model else 0
@@ -477,10 +462,7 @@ def check_memory(context: Context, root: str = "/") -> None:
 
 
 def load_model(options: argparse.Namespace) -> tuple[torch.nn.Module, str]:
-    """The timm model in eval mode on the CPU, in float32, and the source of its weights.
-
-    Raises CannotRun if there is no such model, no weights, or the model does not run on the CPU, or gives NaN there.
-    """
+    """The timm model in eval mode on the CPU, in float32, and the source of its weights. Raises CannotRun."""
     name, weights = options.model, options.weights
     if weights == "pretrained" and name.startswith("local-dir:"):
         weights = name.removeprefix("local-dir:")
@@ -492,12 +474,12 @@ def load_model(options: argparse.Namespace) -> tuple[torch.nn.Module, str]:
         raise CannotRun(hub_failure(name, error, refused)) from error
     if refused:
         warn_user(f"the hub does not give the weights ({describe(refused)}): those in its cache are used")
-    source = f"random, seed {options.seed}"
     if pretrained:
-        # The config.json of a local folder may name a hub.
-        origin = {} if name.startswith("local-dir:") else getattr(model, "pretrained_cfg", {})
+        origin = getattr(model, "pretrained_cfg", {})
         source = f"pretrained, {origin.get('hf_hub_id') or origin.get('url') or name}"
-    elif weights != "random":
+    elif weights == "random":
+        source = f"random, seed {options.seed}"
+    else:
         source = load_weights_file(options, model, weights)
     size = timm.data.resolve_model_data_config(model)["input_size"]
     try:
@@ -507,11 +489,13 @@ def load_model(options: argparse.Namespace) -> tuple[torch.nn.Module, str]:
     except CannotRun:
         raise
     except Exception as error:
-        text = " x ".join(map(str, size))
-        raise CannotRun(f"{name} does not take inputs of {text} on the CPU: {describe(error)}") from error
-    if options.rope_bf16:
+        raise CannotRun(f"{name} does not take inputs of {shape_text(size)} on the CPU: {describe(error)}") from error
+    if options.rope_bf16:  # as the original DINOv3 stores them
+        rope = getattr(model, "rope", None)
+        if not hasattr(rope, "periods"):
+            raise CannotRun("--rope-bf16: this model has no RoPE periods")
+        rope.periods = rope.periods.to(torch.bfloat16).to(torch.float32)
         source += ", RoPE periods rounded to bfloat16"
-        round_rope_periods(model)
     return model, source
 
 
@@ -523,16 +507,16 @@ def check_outputs(model: torch.nn.Module, image: torch.Tensor) -> None:
         raise CannotRun("the forward pass of the model gives no tensor")
     first, main = to_host(whole[0]), parts[main_output(parts)]
     if not all(np.isfinite(output).all() for output in (first, *parts.values())):
-        names, found = {module: name for name, module in model.named_modules()}, ["the model"]
+        names, found = {module: name for name, module in model.named_modules()}, []
 
         def look(module, args, output) -> None:
-            if names.get(module) and not all(tensor.isfinite().all() for tensor in tensors_in(output)):
-                found.insert(-1, names[module])
+            if not all(tensor.isfinite().all() for tensor in tensors_in(output)):
+                found.append(names.get(module) or "the model")
 
         with torch.nn.modules.module.register_module_forward_hook(look):
             forward_outputs(model, image)
         problem = "the model gives NaN or Inf on the CPU, too, so that it cannot validate a device"
-        raise CannotRun(f"{problem}; it begins in {found[0]}")
+        raise CannotRun(f"{problem}; it begins in {[*found, 'the model'][0]}")
     if first.shape != main.shape or compare(first, main).max_row > UNEXPLAINED:
         raise CannotRun("model(x) is not forward_head(forward_features(x)), so that its outputs cannot be judged")
 
@@ -548,15 +532,15 @@ def create_model(options: argparse.Namespace, **more) -> torch.nn.Module:
             name, more = config["architecture"], {**(config.get("model_args") or {}), **more}
     if not options.img_size:
         return timm.create_model(name, **more)
-    height, width = options.img_size[0], options.img_size[-1]
+    size = options.img_size[0], options.img_size[-1]
     try:
-        model = timm.create_model(name, img_size=(height, width), **more)
+        model = timm.create_model(name, img_size=size, **more)
     except TypeError as error:
         if "img_size" not in str(error):
             raise
         model = timm.create_model(name, **more)
     channels = model.pretrained_cfg.get("input_size", (3,))[0]
-    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (channels, height, width)}  # for the transforms
+    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (channels, *size)}  # for the transforms
     return model
 
 
@@ -575,8 +559,8 @@ def check_name(name: str) -> None:
 
 def hub_failure(name: str, error: Exception, refused: Exception | None) -> str:
     """Why the model or its weights could not be loaded, and what to do. refused: what check_hub() returned."""
-    is_first = refused is not None and type(error).__name__ == "LocalEntryNotFoundError"  # nor are they in the cache
-    error = refused if is_first else error
+    not_cached = refused is not None and type(error).__name__ == "LocalEntryNotFoundError"
+    error = refused if not_cached else error
     text = f"{type(error).__name__}: {error}"
     if re.search("No pretrained weights|Invalid pretrained tag", text):
         near = ", ".join(timm.list_pretrained(name.split(".")[0] + "*")[:5]) or "none"
@@ -584,7 +568,7 @@ def hub_failure(name: str, error: Exception, refused: Exception | None) -> str:
     advice = next((advice for pattern, advice in HUB_ERRORS.items() if re.search(pattern, text)), "")
     if not advice:
         return f"timm cannot build {name} ({describe(error)})"
-    advice = unreachable_hub() if is_first and advice == STORAGE else advice
+    advice = unreachable_hub() if not_cached and advice == STORAGE else advice
     return f"the weights of {name} could not be loaded ({describe(error)}): {advice}, or use --weights FILE or random"
 
 
@@ -603,10 +587,7 @@ def unreachable_hub() -> str:
 
 
 def check_hub(name: str) -> Exception | None:
-    """Request the metadata of the file that timm loads first. The error that it gives is the cause that a user can remove.
-
-    After an error only the hub's cache is used, because its client would retry for minutes, and request other files.
-    """
+    """Request the metadata of the file that timm loads first. After an error, the result, only the cache is used."""
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, utils
 
     repository, file = name.removeprefix("hf-hub:"), "config.json"
@@ -617,30 +598,22 @@ def check_hub(name: str) -> Exception | None:
     if constants.HF_HUB_OFFLINE or not repository or repository == name:
         return None
     repository, _, revision = repository.partition("@")
-    for pause in (1, 2, 0):
-        try:
-            found = get_hf_file_metadata(hf_hub_url(repository, file, revision=revision or None), timeout=HUB_SECONDS)
-            if found.commit_hash and found.etag:
-                return None
-            refused = ValueError(f"{constants.ENDPOINT} does not send X-Repo-Commit and ETag, the headers of a hub")
-        except utils.EntryNotFoundError:  # timm tries other names, too
+    try:
+        found = get_hf_file_metadata(hf_hub_url(repository, file, revision=revision or None), timeout=10)
+        if found.commit_hash and found.etag:
             return None
-        except Exception as error:  # of requests, or of httpx from huggingface_hub 1.0 on
-            refused = error
-        if "server error" not in str(refused).lower():
-            break
-        time.sleep(pause)
+        refused = ValueError(f"{constants.ENDPOINT} does not send X-Repo-Commit and ETag, the headers of a hub")
+    except utils.EntryNotFoundError:  # timm requests other names, too
+        return None
+    except Exception as error:  # of requests, or of httpx from huggingface_hub 1.0 on
+        refused = error
     constants.HF_HUB_OFFLINE = True
     getattr(utils, "reset_sessions", lambda: None)()  # before 1.0 a session keeps its first setting
     return refused
 
 
 def load_weights_file(options: argparse.Namespace, model: torch.nn.Module, path: str) -> str:
-    """Load a checkpoint from a file or folder into the model. Returns its source and what was changed, for the log.
-
-    Original key names are converted if timm has a filter for the model; the number of classes is the file's. Raises
-    CannotRun if the file is missing, damaged, of another model, or not fit to validate a device with.
-    """
+    """Load a checkpoint into the model, with its number of classes. Returns what was loaded. Raises CannotRun."""
     file = find_weights_file(path)
     checkpoint = read_checkpoint(file)
     original, notes = unwrap(checkpoint, model.state_dict())
@@ -683,7 +656,7 @@ def load_weights_file(options: argparse.Namespace, model: torch.nn.Module, path:
 
 
 def matching_size(options: argparse.Namespace, original: dict[str, torch.Tensor], keys: list[str]) -> list[str]:
-    """An advice: the image size for which these tensors of the model have the shapes of the file; or none."""
+    """The image size for which these tensors of the model have the shapes of the file, as advice; or none."""
     for size in IMAGE_SIZES if keys else ():
         with contextlib.suppress(Exception), torch.device("meta"):
             state = create_model(argparse.Namespace(**{**vars(options), "img_size": [size]})).state_dict()
@@ -693,31 +666,27 @@ def matching_size(options: argparse.Namespace, original: dict[str, torch.Tensor]
 
 
 def find_weights_file(path: str) -> str:
-    """The file at this path; in a folder, as git or the hub leaves it, its weights, safetensors before other formats."""
-    first = "model.safetensors", "*.safetensors.index.json", "*.safetensors", "pytorch_model.bin", "*.bin.index.json"
-    if os.path.isdir(path):
-        names = *first, *(f"*{end}" for end in WEIGHT_FILES)
-        folders = "", "snapshots/*"  # that of the hub's cache, models--ORGANISATION--NAME
-        patterns = [os.path.join(glob.escape(path), folder, name) for folder in folders for name in names]
-        found = [file for pattern in patterns for file in sorted(glob.glob(pattern))]
-        if not found:
-            raise CannotRun(f"the folder {path} has no weights: it needs a file {', '.join(WEIGHT_FILES)}")
-        return found[0]
-    if not os.path.isfile(path):
+    """The file at this path; in a folder, as git or the hub leaves it, its weights, safetensors first."""
+    if os.path.isfile(path):
+        return path
+    if not os.path.isdir(path):
         raise CannotRun(f"{path} does not exist (--weights takes pretrained, random, a file or a folder)")
-    return path
+    names = "model.safetensors", "*.safetensors.index.json", "*.safetensors", "pytorch_model.bin", "*.bin.index.json"
+    for folder in ("", "snapshots/*"):  # the second in the hub's cache, models--ORGANISATION--NAME
+        for name in (*names, *(f"*{end}" for end in WEIGHT_FILES)):
+            if found := sorted(glob.glob(os.path.join(glob.escape(path), folder, name))):
+                return found[0]
+    raise CannotRun(f"the folder {path} has no weights: it needs a file {', '.join(WEIGHT_FILES)}")
 
 
 def read_checkpoint(path: str) -> dict:
-    """The content of a checkpoint, all shards of an index. No code in it is executed. Raises CannotRun with the cause."""
+    """The content of a checkpoint, all shards of an index. No code in it is executed. Raises CannotRun."""
     try:
         with open(path, "rb") as file:
             start = file.read(512)
         if start[8:9] == b"{":  # after the length of the header, whatever the name of the file is
             return safetensors.torch.load_file(path)
         if start.startswith(b"PK"):
-            import zipfile
-
             start = " ".join(["PK", *zipfile.ZipFile(path).namelist()]).encode()
         if kind := next((kind for begins, kind in FOREIGN_FILES.items() if re.match(begins, start, re.DOTALL)), ""):
             raise CannotRun(f"the weights file {path} cannot be read: {kind}")
@@ -736,21 +705,17 @@ def read_checkpoint(path: str) -> dict:
     except CannotRun:
         raise
     except Exception as error:  # pickle, zipfile, safetensors, struct: a damaged file fails in many ways
-        reason = f"{describe(error)}; it may be cut: copy it again"
-        if isinstance(error, OSError) and error.strerror:
-            reason = error.strerror
-        elif found := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            reason = f"it holds a {found[1]}, not only tensors: save the model's state_dict() instead"
-        elif "weights_only" in str(error):
-            reason = "it is not plain tensors: save the model's state_dict() instead"
+        reason = getattr(error, "strerror", None) or f"{describe(error)}; it may be cut: copy it again"
+        if "weights_only" in str(error):
+            reason = "it holds more than tensors: save the model's state_dict() instead"
         raise CannotRun(f"the weights file {path} cannot be read: {reason}") from error
 
 
 def unwrap(checkpoint: dict, expected: dict) -> tuple[dict[str, torch.Tensor], list[str]]:
     """The tensors of the dictionary, and behind the prefix, under which most of the model's own keys are found.
 
-    Of several that have as many, EMA or a teacher is taken, else the first. If none has half of the keys, it is the
-    dictionary with most tensors, without their common prefix: timm may know its names. Also returns what was taken.
+    Of equals EMA or a teacher is taken, else the first. If none has half of the keys, the dictionary with most tensors
+    is taken, without their common prefix: timm may convert its names. Also returns what was taken, for the log.
     """
     candidates = []
     for place, tensors in nested_tensors(checkpoint):
@@ -793,10 +758,8 @@ def check_tensors(path: str, state: dict[str, torch.Tensor]) -> list[str]:
 def draw_weights(model: torch.nn.Module, seed: int) -> None:
     """Draw weights with which every block matters to the output, and activations are of order 1, in place.
 
-    timm's own initialisation hides the blocks: LayerScale of 1e-5, zeroed BatchNorms, and matrices so small that
-    attention is uniform. Here scales are about 1, biases small, tokens and positions of order 1. Matrices and BatchNorm
-    statistics get a power of two each, in a pass over two images: layer-sequential unit variance (arXiv:1511.06422).
-    Powers of two do not depend on the order of sums, so the weights are the same on every host.
+    timm's own initialisation hides blocks (LayerScale of 1e-5, zeroed BatchNorms, uniform attention). Layers are scaled
+    in a pass over two images (arXiv:1511.06422), by powers of two, so that all hosts get the same weights.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
@@ -822,26 +785,13 @@ def draw_weights(model: torch.nn.Module, seed: int) -> None:
     handles = {m: m.register_forward_hook(scale) for m in model.modules() if isinstance(m, layers)}
     with torch.no_grad():
         model(draw_inputs(2, timm.data.resolve_model_data_config(model)["input_size"], seed))
-    for handle in handles.values():
+    for handle in handles.values():  # of modules that were not called
         handle.remove()
 
 
-def round_rope_periods(model: torch.nn.Module) -> None:
-    """Round the RoPE periods to bfloat16, in place: so the original DINOv3 stores them. timm computes them in float32."""
-    modules = [module for module in model.modules() if isinstance(getattr(module, "periods", None), torch.Tensor)]
-    if not modules:
-        raise CannotRun("--rope-bf16: this model has no RoPE periods")
-    for module in modules:
-        module.periods = module.periods.to(torch.bfloat16).to(torch.float32)
-
-
 def draw_inputs(count: int, size: tuple[int, int, int], seed: int) -> torch.Tensor:
-    """Seeded inputs, (count, *size), float32: the same on every host, and the first ones of any longer draw.
-
-    Fine noise over coarse patches, of variance 1: averaged over the image, plain noise looks the same in every image.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    inputs = []
+    """Seeded inputs, (count, *size), float32: fine noise over coarse patches, in which images differ, of variance 1."""
+    generator, inputs = torch.Generator().manual_seed(seed), []
     for _ in range(count):
         coarse = torch.randn(1, size[0], 8, 8, generator=generator)
         fine = torch.randn(1, *size, generator=generator)
@@ -872,12 +822,10 @@ def load_images(given: list[str], config: dict) -> Iterator[tuple[str, torch.Ten
     from PIL import Image
     from tqdm import tqdm
 
-    channels, paths = config["input_size"][0], image_files(given)
-    if channels not in IMAGE_MODES:
-        raise CannotRun(f"the model takes inputs of {channels} channels, which images do not have")
-    if len(config["mean"]) != channels:
-        problem = f"the model takes {channels} channel(s), and its pretrained_cfg has {len(config['mean'])} means"
-        raise CannotRun(f"{problem}: give it {channels} in config.json, or leave out --image")
+    channels, means, paths = config["input_size"][0], len(config["mean"]), image_files(given)
+    if channels not in IMAGE_MODES or channels != means:
+        problem = f"the model takes {channels} channel(s), and its pretrained_cfg has {means} means"
+        raise CannotRun(f"{problem}: --image needs 1 or 3 channels, with as many means in config.json")
     transform = timm.data.create_transform(**config, is_training=False)
     for path in tqdm(paths, desc="images", leave=False, disable=True if len(paths) < 16 else None):
         try:
@@ -890,19 +838,18 @@ def load_images(given: list[str], config: dict) -> Iterator[tuple[str, torch.Ten
             raise CannotRun(f"the image {path} cannot be read: {describe(error)}") from error
 
 
-def first_images(given: list[str], config: dict) -> tuple[torch.Tensor | None, int]:
-    """The first FIRST_IMAGES, and the number of all. Each is read here, and again for predictions."""
+def first_images(given: list[str], config: dict) -> torch.Tensor | None:
+    """The first FIRST_IMAGES. The others are read, too, so that one that cannot be read ends the run here."""
     if not given:
-        return None, 0
+        return None
     readable = load_images(given, config)
     images = torch.stack([image for _, image in itertools.islice(readable, FIRST_IMAGES)])
-    return images, len(images) + sum(1 for _ in readable)
+    collections.deque(readable, maxlen=0)
+    return images
 
 
 def sha256(tensors: dict[str, torch.Tensor]) -> str:
     """SHA-256 over names, dtypes, shapes and bytes, in order."""
-    import hashlib
-
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -919,10 +866,7 @@ class FeatureMaps(NamedTuple):
 
 
 def find_feature_maps(options: argparse.Namespace, cpu: torch.nn.Module, image: torch.Tensor) -> FeatureMaps | None:
-    """Which feature maps features_only=True gives, from the meta device. None if timm has none for this model.
-
-    The maps themselves come from the model's own forward_intermediates. image: (1, C, H, W), on the CPU.
-    """
+    """Which feature maps features_only=True gives; None if timm has none for this model."""
     try:
         with torch.device("meta"):
             maps = create_model(options, features_only=True)
@@ -939,26 +883,21 @@ def find_feature_maps(options: argparse.Namespace, cpu: torch.nn.Module, image: 
 def forward_outputs(model, inputs: torch.Tensor, maps: FeatureMaps | None = None) -> dict[str, np.ndarray]:
     """The outputs of one forward pass, on the host. The inputs are on the model's device and in its dtype.
 
-    "embedding", (B, C); "logits" if there is a classifier; "tokens", (B, N, C), or "unpooled" if a model has no tokens,
-    numbered if it has several; and "feature_map.1" and so on, (B, C, H, W), or (B, H, W, C) if timm's features_only
-    gives that.
+    "embedding", (B, C); "logits" of a classifier; "tokens", (B, N, C), else "unpooled"; "feature_map.1" and so on.
     """
     with torch.inference_mode():
         unpooled, found, classes = None, [], getattr(model, "num_classes", 0)
         try:
-            if maps and maps.in_one_pass:
+            if maps:
                 unpooled, found = model.forward_intermediates(inputs, indices=maps.indices)
-            else:
+            if not (maps and maps.in_one_pass):
                 unpooled = model.forward_features(inputs)
-                if maps:
-                    found = model.forward_intermediates(inputs, indices=maps.indices, intermediates_only=True)
             outputs = numbered("embedding", model.forward_head(unpooled, pre_logits=True))
             if classes:
                 outputs |= numbered("logits", model.forward_head(unpooled))
         except (NotImplementedError, TypeError, AttributeError):  # it has no such method: model(x) is its output
             outputs = numbered("logits" if classes else "embedding", model(inputs))
-        is_tokens = isinstance(unpooled, torch.Tensor) and unpooled.ndim == 3
-        outputs |= numbered("tokens" if is_tokens else "unpooled", unpooled)
+        outputs |= numbered("tokens" if getattr(unpooled, "ndim", 0) == 3 else "unpooled", unpooled)
         order = (0, 2, 3, 1) if maps and maps.channels_last else (0, 1, 2, 3)
         outputs |= {f"feature_map.{i}": output.permute(order) for i, output in enumerate(found, 1)}
         return {name: to_host(output) for name, output in outputs.items()}
@@ -983,18 +922,12 @@ def main_output(outputs: dict[str, np.ndarray]) -> str:
 
 
 def count_flops(context: Context, shape: tuple[int, ...]) -> int | None:
-    """Floating point operations of the forward pass of one image; None if the model does not run on the meta device.
-
-    On meta tensors attention is counted as its matrix products. The fused kernel of the CPU is not counted at all.
-    """
+    """Floating point operations of one image; None if the model does not run on meta tensors, which count attention."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    try:
-        with FlopCounterMode(display=False) as counter, torch.inference_mode():
-            context.meta_model(torch.empty(1, *shape, device="meta"))
+    with contextlib.suppress(Exception), torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        context.meta_model(torch.empty(1, *shape, device="meta"))
         return counter.get_total_flops()
-    except Exception:  # a model may do anything with a tensor that has no data
-        return None
 
 
 class References(NamedTuple):
@@ -1026,15 +959,8 @@ class References(NamedTuple):
 
 def fp32_tolerance(error: float, cost: float) -> Tolerance:
     """C x "expected cost" + e x "cpu error" of TOLERANCES. e is at least the rounding of float32."""
-    factors, error = zip(TOLERANCES["expected cost"], TOLERANCES["cpu error"]), max(error, 2**-24)
-    return Tolerance(*(cost_factor * cost + error_factor * error for cost_factor, error_factor in factors))
-
-
-def precision_inputs(context: Context, inputs: torch.Tensor, images: torch.Tensor | None) -> torch.Tensor:
-    """The inputs of stage 4: one of each of several seeds, as published figures have it, then the first images."""
-    seeds = range(context.options.seed, context.options.seed + PRECISION_SEEDS)
-    seeded = [draw_inputs(1, inputs.shape[1:], seed) for seed in seeds]
-    return torch.cat(seeded if images is None else [*seeded, images])
+    factors = zip(TOLERANCES["expected cost"], TOLERANCES["cpu error"])
+    return Tolerance(*(of_cost * cost + of_error * max(error, 2**-24) for of_cost, of_error in factors))
 
 
 def make_references(
@@ -1057,33 +983,24 @@ def make_references(
 
 
 def float64_outputs(cpu: torch.nn.Module, inputs: torch.Tensor, maps: FeatureMaps | None) -> dict[str, np.ndarray]:
-    with as_float64(cpu) as double:
-        return forward_outputs(double, inputs.double(), maps)
+    """Its outputs in float64, without a second copy of its weights. Afterwards they are unchanged."""
+    dtypes = [tensor.dtype for tensor in tensors_of(cpu)]
+    try:
+        return forward_outputs(clear_cached_biases(cpu.double()), inputs.double(), maps)
+    finally:
+        for tensor, dtype in zip(tensors_of(cpu), dtypes):
+            tensor.data = tensor.data.to(dtype)
+        clear_cached_biases(cpu)
 
 
 def worst_rows(outputs: dict[str, np.ndarray], references: dict[str, np.ndarray]) -> dict[str, float]:
     """The relative L2 error of the worst row, by output."""
-    return {name: 0.0 if output is references[name] else compare(output, references[name]).max_row
-            for name, output in outputs.items()}  # fmt: skip
-
-
-@contextlib.contextmanager
-def as_float64(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """Inside, the model computes in float64, without a second copy of its weights. Afterwards they are unchanged."""
-    dtypes = [tensor.dtype for tensor in tensors_of(model)]
-    try:
-        yield clear_cached_biases(model.double())
-    finally:
-        for tensor, dtype in zip(tensors_of(model), dtypes):
-            tensor.data = tensor.data.to(dtype)
-        clear_cached_biases(model)
+    return {name: compare(output, references[name]).max_row for name, output in outputs.items()}
 
 
 def clear_cached_biases(model: torch.nn.Module) -> torch.nn.Module:
     """The same model. Some models of timm cache attention biases in the dtype that the weights had, until train()."""
-    model.train()
-    model.eval()
-    return model
+    return model.train().eval()
 
 
 def tensors_of(model: torch.nn.Module) -> list[torch.Tensor]:
@@ -1248,7 +1165,7 @@ def precision_stage(context: Context, loaded: Loaded) -> Stage[Precision]:
         costs = {"GELU": references.gelu_cost, reduced_names(context.documented): references.costs[main]}
         costs = {name: cost for name, cost in costs.items() if cost}
         yield from explain_precision(context, loaded, results, costs)
-        if loaded.image_count:
+        if loaded.images is not None:
             yield from compare_predictions(context, loaded)
         yield from judge_modules(modules)
         yield control
@@ -2301,10 +2218,10 @@ class Log:
     def read(cls, path: str) -> Log:
         """Raises CannotRun if the file is not a complete log of this version of the script."""
         try:
-            with open(path, encoding="utf-8-sig") as file:
+            with open(path, encoding="utf-8-sig", errors="replace") as file:
                 lines = file.read().rstrip().splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise CannotRun(f"the log {path} cannot be read: {getattr(error, 'strerror', error)}") from error
+        except OSError as error:
+            raise CannotRun(f"the log {path} cannot be read: {error.strerror}") from error
         version = re.match(r"validate_npu ?([\d.]*): ", lines[0]) if lines else None
         if not version or not lines[-1].startswith("RESULT: "):
             raise CannotRun(f"{path} is not a complete log of validate_npu.py: its first or its last line is missing")
@@ -3328,7 +3245,8 @@ class Report:
         """The experiment."""
         options, self.device = context.options, context.device
         kind, count = context.device.type, context.ranks.size - 1
-        self.note = {"npu": "", "cpu": " (dry run, not an NPU)"}.get(kind, " (not an NPU)")
+        emulated = " (emulated, not an NPU)" if "emulated" in version_in(*CANN_FILES) else ""
+        self.note = {"npu": emulated, "cpu": " (dry run, not an NPU)"}.get(kind, " (not an NPU)")
         more = f" and {count} more device{'s' * (count > 1)}" if count else ""
         self.line(f"validate_npu {VERSION}: {options.model} on {context.device}{more}{self.note}")
         self.line("Lines that start with ~ vary between runs. Compare logs: diff -I '^~' OLD NEW")
@@ -3589,7 +3507,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     options.batch_sizes = [] if is_auto else sorted(set(whole_numbers("--batch-sizes", options.batch_sizes)))
     for name in (name for name in options.modes if name not in MODES):
         near = difflib.get_close_matches(re.sub(r"fp|f(?=\d)", "float", name), BASE_NAMES.split(", "), cutoff=0)
-        near = f"near: {', '.join(near)}; modes are {BASE_NAMES} (amp-: autocast), each also with +graph"
+        near = f"near: {', '.join(near)}; modes are {BASE_NAMES} (amp-: autocast), each also with +graph or +compile"
         raise CannotRun(f"--modes: {name!r} is not a mode; {near}")
     if options.json and not options.report:
         raise CannotRun("--json is for --report: a run writes its log")

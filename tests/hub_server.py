@@ -74,8 +74,6 @@ class Handler(BaseHTTPRequestHandler):
             hub.closing.wait()
         elif hub.behaviour == "gated":
             self.refuse(401, "GatedRepo")
-        elif hub.behaviour == "flaky" and len(hub.requests) <= 2:
-            self.refuse(500, "")
         elif hub.behaviour in REFUSALS or hub.behaviour == "token" and "Authorization" in self.headers:
             self.refuse(REFUSALS.get(hub.behaviour, 401), "")
         elif hub.behaviour == "moved":  # as a mirror does: without the hub's headers
