@@ -39,7 +39,7 @@ def validate(tmp_path):
 def test_two_healthy_devices_pass_and_agree(validate):
     done = validate(2)
     assert done.clean, done.stdout + done.stderr
-    assert done.text.startswith(f"validate_npu {v.VERSION}: test_vit on npu:0 and 1 more device\n")
+    assert done.text.startswith(f"validate_npu {v.VERSION}: test_vit on npu:0 and 1 more device (emulated, not an NPU)\n")
     assert {done.mark(f"devices.{name}") for name in ("0", "1", "agreement")} == {"PASS"}
     second = done.rows["devices.1"]
     assert (second["device"], second["failed"], second["warned"], second["chip"]) == ("npu:1", "0", "0", "Ascend910B4")
@@ -105,7 +105,7 @@ def test_only_rank_0_reads_the_baseline(validate):
     """It may be on the first host only. One process names it."""
     done = validate(2, "--baseline", "nowhere.txt")
     assert done.status == 1 and set(exit_codes(done.stderr)) >= {0} and exit_codes(done.stderr)[0] == 2, done.stderr
-    assert done.text == OLD_LOG and done.errors == ["validate_npu.py: error: the log nowhere.txt cannot be read: No such file or directory"]
+    assert done.text == OLD_LOG and done.errors == ["validate_npu.py: error: rank 0: the log nowhere.txt cannot be read: No such file or directory"]
 
 
 def test_the_device_that_corrupts_data_is_named(validate):
