@@ -81,7 +81,7 @@ def test_a_terminal_shows_the_progress_of_the_download(tmp_path, files):
             shown += chunk
     assert done.wait() == 0
     assert re.search(rb"model\.safetensors: +\d+%", shown), shown
-    assert b"batch 1" in shown, "and that of the benchmark"
+    assert b"float32, 1:" in shown, "and that of the benchmark"
 
 
 def read(terminal):
