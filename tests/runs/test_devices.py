@@ -63,6 +63,7 @@ def test_each_device_alone_is_faster_where_the_host_is_shared(validate):
 
 
 TIMED = "--batch-sizes", "2", "--iters", "6", "--baseline", "yesterday.txt"
+BOTH = {"comparison.speed": "FAIL", "comparison.outcomes": "FAIL", "devices.speed": "WARN"}
 SLOW_1, SLOW_ALL = "Convolution=200,device=1;Convolution=100", "Convolution=200"
 
 
@@ -71,9 +72,9 @@ SLOW_1, SLOW_ALL = "Convolution=200,device=1;Convolution=100", "Convolution=200"
     ("devices", "yesterday", "today", "failures"),
     [
         (2, "Convolution=100", "Convolution=100", {}),
-        (2, "Convolution=100", SLOW_1, {"comparison.speed": "FAIL", "comparison.outcomes": "FAIL", "devices.speed": "WARN"}),
-        (3, "Convolution=100", SLOW_1, {"comparison.speed": "FAIL", "comparison.outcomes": "FAIL", "devices.speed": "WARN"}),
-        (2, "Convolution=100", SLOW_ALL, {"comparison.speed": "FAIL"}),
+        (2, "Convolution=100", SLOW_1, BOTH),
+        pytest.param(3, "Convolution=100", SLOW_1, BOTH, marks=pytest.mark.full),
+        pytest.param(2, "Convolution=100", SLOW_ALL, {"comparison.speed": "FAIL"}, marks=pytest.mark.full),
         (2, SLOW_1, SLOW_1, {"devices.speed": "WARN"}),
     ],
 )
