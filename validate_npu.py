@@ -650,7 +650,8 @@ def load_weights_file(options: argparse.Namespace, model: torch.nn.Module, path:
         text = f"{resampled[0]}{f' and {len(resampled) - 1} more' if resampled[1:] else ''} resampled from {shapes}"
         notes.append("; ".join([text, *matching_size(options, original, resampled)]))
     state = {key: tensor for key, tensor in state.items() if key in expected}
-    notes = [f"file {os.path.basename(file)}", *notes, *check_tensors(file, state)]
+    name = os.path.relpath(file, os.path.dirname(os.path.abspath(path)))  # a folder, too, if it was given
+    notes = [f"file {name}", *notes, *check_tensors(file, state)]
     model.load_state_dict(state, strict=False)  # what else is missing was listed
     return ", ".join(notes)
 

@@ -250,8 +250,8 @@ def as_type(dtype):
 @pytest.mark.parametrize(
     ("write", "path", "message"),
     [
-        (cloned, "", "file model.safetensors"),
-        (sharded, "", "file model.safetensors.index.json"),
+        (cloned, "", "file weights/model.safetensors"),
+        (sharded, "", "file weights/model.safetensors.index.json"),
         (sharded, "model.safetensors.index.json", "file model.safetensors.index.json"),
         (wrapped(model_state_dict=dict), "f.pth", "file f.pth, its model_state_dict"),
         (wrapped(teacher=dict, student=dict), "f.pth", "file f.pth, its teacher"),
@@ -390,6 +390,7 @@ def test_models_are_named_as_timm_and_the_hub_name_them(run, tmp_path, name):
     weights = "pretrained" if name.startswith("local-dir") else tmp_path / "model"
     done = run(*ONE, "--model", name, "--weights", weights)
     assert done.clean, done.stdout + done.stderr
+    assert done.texts["model.weights"] == "file model/model.safetensors", "not the hf_hub_id of config.json"
     assert weights_of(done) == v.sha256(state)
     assert "does not answer" not in done.stderr, "what lies on the disk needs no hub"
 

@@ -304,7 +304,8 @@ def test_the_cache_of_the_hub_is_a_folder_of_weights(tmp_path):
     folder.mkdir(parents=True)
     safetensors.torch.save_file(state, folder / "model.safetensors")
     model, source = load(tmp_path / "models--timm--test_vit")
-    assert source == "file model.safetensors" and v.sha256(model.state_dict()) == v.sha256(state)
+    assert source == "file models--timm--test_vit/snapshots/0123/model.safetensors"
+    assert v.sha256(model.state_dict()) == v.sha256(state)
 
 
 def folder_of_transformers(folder, prefix="", **config):
@@ -317,7 +318,7 @@ def test_a_folder_of_transformers_loads_if_it_names_a_model_of_timm(tmp_path):
     folder_of_transformers(tmp_path, "timm_model.", **config)
     options = new_context("--model", f"local-dir:{tmp_path}", "--weights", "pretrained").options
     model, source = v.load_model(options)
-    assert source == "file model.safetensors, prefix timm_model. stripped"
+    assert source == f"file {tmp_path.name}/model.safetensors, prefix timm_model. stripped"
     assert v.sha256(model.state_dict()) == v.sha256(drawn("test_vit"))
 
 
