@@ -75,7 +75,7 @@ SLOW_1, SLOW_ALL = "Convolution=200,device=1;Convolution=100", "Convolution=200"
         (2, "Convolution=100", SLOW_1, BOTH),
         pytest.param(3, "Convolution=100", SLOW_1, BOTH, marks=pytest.mark.full),
         pytest.param(2, "Convolution=100", SLOW_ALL, {"comparison.speed": "FAIL"}, marks=pytest.mark.full),
-        (2, SLOW_1, SLOW_1, {"devices.speed": "WARN"}),
+        pytest.param(2, SLOW_1, SLOW_1, {"devices.speed": "WARN"}, marks=pytest.mark.full),
     ],
 )
 def test_a_slow_device_is_named_and_every_process_ends_alike(validate, tmp_path, devices, yesterday, today, failures):
@@ -221,6 +221,7 @@ def test_a_signal_ends_ranks_that_hang_at_once_and_leaves_the_log(tmp_path, numb
 
 
 @pytest.mark.timing
+@pytest.mark.full
 def test_a_rank_that_waits_for_a_late_one_is_not_ended_by_its_own_timeout(validate, tmp_path):
     late = ["bash", "-c", '[ $RANK = 0 ] || sleep 40; exec "$@"', "bash", sys.executable]
     env = environment(DEVICES=2) | {"OMP_NUM_THREADS": "1"}

@@ -152,6 +152,7 @@ def test_a_default_dry_run_has_at_most_70_lines(dry_run):
     assert len(dry_run.text.splitlines()) <= 70
 
 
+@pytest.mark.full
 def test_two_default_dry_runs_differ_only_in_lines_that_begin_with_a_tilde(dry_run, run):
     first, second = ([line for line in done.text.splitlines() if line[:1] != "~"] for done in (dry_run, run(*DEFAULT)))
     assert first == second
