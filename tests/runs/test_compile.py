@@ -66,8 +66,9 @@ def test_a_compiled_mode_is_validated_and_timed_and_leaves_no_file(run, tmp_path
         (("--model", "test_vit_that_branches"), {}, "torch.compile with inductor failed: Unsupported: Data-dependent branching"),
         ((), {"PATH": ""}, r"inductor: no C\+\+ compiler: apt install g\+\+, or set CXX"),
         (("--compile-backend", "nonesuch"), {}, "torch.compile with nonesuch failed: InvalidBackend"),
+        ((), {"TORCHDYNAMO_DISABLE": "1"}, "torch.compile with inductor ran no graph: is TORCHDYNAMO_DISABLE set"),
     ],
-    ids=["a graph break", "no compiler", "an unknown backend"],
+    ids=["a graph break", "no compiler", "an unknown backend", "no graph at all"],
 )
 def test_what_cannot_be_compiled_is_skipped_with_the_reason(run, arguments, env, reason):
     done = run(*REHEARSAL, *TINY, "--modes", "float32+compile", *arguments, env=env)
