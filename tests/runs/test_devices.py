@@ -105,7 +105,7 @@ def test_a_warning_of_strict_ends_every_process_alike(validate):
 def test_only_rank_0_reads_the_baseline(validate):
     """It may be on the first host only. One process names it."""
     done = validate(2, "--baseline", "nowhere.txt")
-    assert done.status == 1 and set(exit_codes(done.stderr)) >= {0} and exit_codes(done.stderr)[0] == 2, done.stderr
+    assert done.status == 1 and "rank 0 ends with 2\n" in done.stderr, done.stderr  # torchrun may report rank 1 only
     assert done.text == OLD_LOG and done.errors == ["validate_npu.py: error: rank 0: the log nowhere.txt cannot be read: No such file or directory"]
 
 
