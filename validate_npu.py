@@ -1237,8 +1237,8 @@ def judge_mode(context: Context, loaded: Loaded, mode: Mode, outputs, least_fail
         yield PRECISION.note(SKIP, f"precision.{mode.name}", f"no reference, the CPU fails: {first_line(error)}")
         return None, None
     # A compiler may expand GELU in the form that the model requests, although its operator computes another.
-    near = [compare(outputs[main], form[main]).max_row for form in (references.expected, references.exact)]
-    expanded = mode.compiled and near[1] < near[0]
+    apart = lambda form: compare(outputs[main], form[main]).max_row  # noqa: E731
+    expanded = mode.compiled and apart(references.exact) < apart(references.expected)
     used = references._replace(expected=references.exact) if expanded else references
     # In float32 also those of the first forward pass, at batch size 1: no batch of stage 3 is a reference for them.
     parts = [outputs, loaded.first] if mode == FLOAT32 else [outputs]
@@ -2015,12 +2015,13 @@ def fastest_modes(context: Context, flops: int | None, groups: list, errors: dic
     chip = chip_name(context.device)
     peak = next((peak for name, (_, peak) in CHIPS.items() if chip.startswith(name)), None)
     best = [max(group, key=lambda timing: timing.throughput) for group in groups]
+    highest = max(timing.throughput for timing in best)
     yield from FASTEST.header()
     for timing in best:
         rate = flops and flops * timing.throughput / 1e12
         share = rate / peak if rate and peak and timing.mode.in_half else None
         speedup, error = timing.throughput / best[0].throughput, errors.get(timing.mode.base)
-        bar = "#" * round(BAR_WIDTH * timing.throughput / max(other.throughput for other in best))
+        bar = "#" * round(BAR_WIDTH * timing.throughput / highest)
         cells = timing.batch, timing.throughput, speedup, error, rate, share, bar
         yield FASTEST.entry(VARIES, f"throughput.best.{timing.mode.name}", *cells)
     yield FASTEST.legend("fastest batch size of each mode. share: of the chip's float16 peak")
