@@ -135,8 +135,8 @@ TOLERANCES = {
     # 3 times in half precision; healthy devices reach 1.04 times.
     "half": Tolerance(3, 6),
 }
-# Against the CPU nothing below this fails while no module fails: published figures of healthy NPUs reach 1.9e-2, and not
-# all of them are explained. Such an excess is a WARN.
+# Against the CPU nothing below this fails while no module fails: published figures of healthy NPUs reach 1.9e-2, and
+# not all of them are explained. Such an excess is a WARN.
 UNEXPLAINED = 1e-2
 # One element may exceed the limit of its row by this factor: the largest of a million normally distributed errors is 5
 # times their RMS, real errors have heavier tails (17 to 21 on healthy devices).
@@ -148,8 +148,8 @@ MAX_CPU_ERROR, MAX_EXPECTED_COST = 1e-3, 0.1
 # The precision of a large product is identified if its relative L2 error is below this: kernels in float32 differ from
 # each other by 1e-6, 11 bits from 10 by 1e-4.
 IDENTIFIED = 2**-16
-# The device may predict another class, or nearest neighbour, if the margin on the CPU is below this many times the error
-# that the documented precision causes: two values enter a margin, and other images may have four times the error.
+# The device may predict another class, or nearest neighbour, if the margin on the CPU is below this many times the
+# error that the documented precision causes: two values enter a margin, and other images may have four times the error.
 PREDICTION_FACTOR = 8
 CONTROL_SCALE = 1.01  # the negative control: one weight is scaled by this
 # Outputs of two images that are closer than this are the same output. Rounding moves them by 1e-7 to 1e-6. A CNN with
@@ -745,13 +745,16 @@ def nested_tensors(checkpoint: dict, place: str = "") -> Iterator[tuple[str, dic
 
 def check_tensors(path: str, state: dict[str, torch.Tensor]) -> list[str]:
     """Their dtypes, for the log. Raises CannotRun if tensors are quantised, not finite, or all zero."""
+    integers = torch.int8, torch.uint8  # of quantised weights; other integers are indices
     matrices = {key: value for key, value in state.items()
-                if value.ndim > 1 and (value.is_floating_point() or value.dtype in (torch.int8, torch.uint8))}  # fmt: skip
+                if value.ndim > 1 and (value.is_floating_point() or value.dtype in integers)}  # fmt: skip
     dtypes = {key: str(value.dtype).removeprefix("torch.") for key, value in matrices.items()}
-    problem = next((f"is quantised ({key} is {dtypes[key]})" for key in dtypes if matrices[key].dtype.itemsize == 1), "")
-    problem = problem or next((f"has NaN or Inf in {key}" for key, value in state.items() if not value.isfinite().all()), "")
-    if problem or matrices and not any(value.any() for value in matrices.values()):
-        raise CannotRun(f"the weights file {path} {problem or 'is all zeros'}, so that it cannot validate a device")
+    problems = [f"is quantised ({key} is {dtypes[key]})" for key in dtypes if matrices[key].dtype.itemsize == 1]
+    problems = problems or [f"has NaN or Inf in {key}" for key, value in state.items() if not value.isfinite().all()]
+    if matrices and not any(value.any() for value in matrices.values()):
+        problems.append("is all zeros")
+    if problems:
+        raise CannotRun(f"the weights file {path} {problems[0]}, so that it cannot validate a device")
     kinds = set(dtypes.values()) - {"float32"}
     return [f"from {', '.join(sorted(kinds))}"] if kinds else []
 
@@ -1245,7 +1248,8 @@ def judge_mode(context: Context, loaded: Loaded, mode: Mode, outputs, least_fail
     entries = [judge_output(used, least_fail, name, mode, [part[name] for part in parts if name in part], units[name])
                for name in outputs]  # fmt: skip
     yield from entries
-    error = None if any(entry.mark == FAIL for entry in entries) else compare(outputs[main], references.exact[main]).max_row
+    failed = any(entry.mark == FAIL for entry in entries)
+    error = None if failed else compare(outputs[main], references.exact[main]).max_row
     # Timed outputs are compared with those of stage 3 in float32, which may cost C as well.
     timed = references.tolerance(cost=references.costs[main] + (references.gelu_cost if expanded else 0.0))
     return error, Tolerance(*map(max, units[main].tolerance, timed))
@@ -1286,7 +1290,8 @@ def judge_output(references: References, least_fail: float, name: str, mode: Mod
     else:
         what, error = ("float32 error of the CPU", error) if error > MAX_CPU_ERROR else ("expected cost", unit.cost)
         problem, advice = f"the {what} is {error:.1e}", "use weights for which this precision is sufficient"
-    return entry._replace(mark=WARN, problem=f"not judged: {problem}", advice=advice, details=(), numeric=False, unjudged=True)
+    problem = f"not judged: {problem}"
+    return entry._replace(mark=WARN, problem=problem, advice=advice, details=(), numeric=False, unjudged=True)
 
 
 @contextlib.contextmanager
@@ -1308,14 +1313,15 @@ def explain_precision(context: Context, loaded: Loaded, results: dict, costs: di
         yield Entry(FACT, f"precision.cost.{name}", f"{name} costs {main} {cost:.1e}{AVOIDED[name]}")
     if isinstance(strict := results.get(STRICT), dict):
         if same_bits(strict, results[FLOAT32]):
-            yield Entry(FACT, "precision.switches", "outputs are bit-identical with and without reduced-precision float32")
+            text = "outputs are bit-identical with and without reduced-precision float32"
+            yield Entry(FACT, "precision.switches", text)
         error = compare(strict[main], references.expected[main]).max_row
         if error > references.tolerance(main, 0.0).warn:
             with emulated_precision(dict.fromkeys(PROBES, DOCUMENTED["TF32"]), loaded.probe.gelu):
                 reduced = float64_outputs(loaded.cpu, references.inputs, loaded.maps)
             cost = compare(reduced[main], references.expected[main]).max_row
-            text = f"the error of {main} in strict mode is {error:.1e}; rounding all operands to 10 bits costs {cost:.1e}"
-            yield Entry(FACT, "precision.fewer_bits", text)
+            rounding = f"rounding all operands to 10 bits costs {cost:.1e}"
+            yield Entry(FACT, "precision.fewer_bits", f"the error of {main} in strict mode is {error:.1e}; {rounding}")
     output, on_cpu = (np.asarray(part[main], np.float64) for part in (device, references.float32))
     if context.device.type != "cpu":
         yield from published_figures(references, device)
@@ -1330,7 +1336,8 @@ def explain_precision(context: Context, loaded: Loaded, results: dict, costs: di
         yield PROBABILITIES.legend("softmax: the largest difference, and the inputs whose top-1 agrees")
     convolutions = context.documented["convolution"] != "float32" and "convolution" in loaded.probe.products
     if context.device.type != "cpu" and convolutions and np.array_equal(output, on_cpu):
-        problem = f"{main} equals the CPU's float32 bit for bit although convolutions are in {context.documented['convolution']}"
+        precision = context.documented["convolution"]
+        problem = f"{main} equals the CPU's float32 bit for bit although convolutions are in {precision}"
         yield Entry(WARN, "precision.is_device", problem, advice="make sure that the device computed, not the CPU")
 
 
@@ -1356,7 +1363,8 @@ def compare_predictions(context: Context, loaded: Loaded) -> Iterator[Entry]:
         with torch.inference_mode():
             outputs.append((to_host(loaded.cpu(inputs)), to_host(loaded.device(inputs.to(context.device)))))
     expected, found = (np.concatenate(part).reshape(len(names), -1).astype(np.float64) for part in zip(*outputs))
-    reduced, float32 = (compare(part[name], references.exact[name]) for part in (references.reduced, references.float32))
+    exact = references.exact[name]
+    reduced, float32 = compare(references.reduced[name], exact), compare(references.float32[name], exact)
     if expected.shape[1] == 1:
         yield Entry(SKIP, "precision.top1", "the model has one class")
     elif name == "logits":
@@ -1380,10 +1388,10 @@ def judge_predictions(id: str, names: list[str], expected: np.ndarray, found: np
     lost = expected[rows, order[:, 0]] - expected[rows, chosen]
     lost[~np.isfinite(found).all(axis=1)] = np.inf
     different = np.flatnonzero(~(lost <= margin))
-    text = f"{int(np.sum(chosen == order[:, 0]))} of {len(expected)} images agree with the CPU; smallest margin over the"
-    text += f" second {margins.min():.2e}; below {margin:.1e} a difference is not counted as an error"
-    problem = f"{len(different)} of {len(expected)} images differ from the CPU by margins up to {lost.max():.1e}, above the"
-    problem += f" {margin:.1e} that precision explains: {', '.join(names[i] for i in different[:5])}"
+    text = f"{int(np.sum(chosen == order[:, 0]))} of {len(expected)} images agree with the CPU; smallest margin over"
+    text += f" the second {margins.min():.2e}; below {margin:.1e} a difference is not counted as an error"
+    problem = f"{len(different)} of {len(expected)} images differ from the CPU by margins up to {lost.max():.1e}, above"
+    problem += f" the {margin:.1e} that precision explains: {', '.join(names[i] for i in different[:5])}"
     return Entry(FAIL if len(different) else PASS, id, problem if len(different) else text, numeric=True)
 
 
@@ -1413,10 +1421,12 @@ class Module:
         return self.tolerance.mark(self.found.error)
 
 
-def compare_modules(context: Context, loaded: Loaded, strict: Strict, only: str = "", images: int = MODULE_INPUTS) -> list[Module]:
+def compare_modules(
+    context: Context, loaded: Loaded, strict: Strict, only: str = "", images: int = MODULE_INPUTS
+) -> list[Module]:
     """Run each module also on the device, on the inputs that it has on the CPU. In execution order, parts first.
 
-    Composite modules (attention, MLP, blocks) run as a whole, too: what they compute between parts is in no other module.
+    Composite modules (attention, MLP, blocks) run as a whole, too: what they compute between their parts is in none.
     """
     passive = (torch.nn.Identity, torch.nn.Dropout, torch.nn.ModuleList, torch.nn.Sequential, torch.nn.Flatten)
     names = {m: name for name, m in loaded.cpu.named_modules()
@@ -1460,7 +1470,8 @@ def compare_modules(context: Context, loaded: Loaded, strict: Strict, only: str 
         if not only and unpooled is not None:  # the pooling is in no module
             names[loaded.cpu] = "forward_head"
             with contextlib.suppress(NotImplementedError, TypeError, AttributeError, KeyError):
-                pooled = loaded.device.forward_head(torch.from_numpy(np.ascontiguousarray(unpooled)).to(device), pre_logits=True)
+                inputs = torch.from_numpy(np.ascontiguousarray(unpooled)).to(device)
+                pooled = loaded.device.forward_head(inputs, pre_logits=True)
                 record(loaded.cpu, pooled, torch.from_numpy(outputs["embedding"]))
     return found
 
@@ -1491,7 +1502,7 @@ def judge_modules(modules: list[Module]) -> Iterator[Entry]:
     for mode in dict.fromkeys(module.mode for module in modules):
         suffix, group = f".{mode}" if mode else "", [module for module in modules if module.mode == mode]
         bad = dict.fromkeys(module.kind for module in group if module.mark != PASS)
-        parts = {f"precision.module.{kind}{suffix}": [module for module in group if module.kind == kind] for kind in bad}
+        parts = {f"precision.module.{kind}{suffix}": [each for each in group if each.kind == kind] for kind in bad}
         parts[f"precision.modules{suffix}"] = [module for module in group if module.kind not in bad]
         for id, part in parts.items():
             if part:
@@ -1592,7 +1603,7 @@ def probe_device(context: Context) -> Probe:
 
 
 def identify(function: Callable, operands: list, device: torch.device) -> tuple[Fp32Precision | None, Difference]:
-    """The one of KNOWN_PRECISIONS that the device computes in, and the difference from that; or None, and from float64."""
+    """Which of KNOWN_PRECISIONS the device computes in, and the difference from it; or None, and that from float64."""
     on_device = [operand.to(device) for operand in operands]
     actual = to_host(function(*on_device)).reshape(1, -1)
     for precision in KNOWN_PRECISIONS:
@@ -1611,10 +1622,10 @@ def identify(function: Callable, operands: list, device: torch.device) -> tuple[
 def emulated_precision(rounding: dict[str, Fp32Precision] = {}, gelu: dict[str, str] = {}):
     """A context in which the CPU rounds the operands of products, and computes the form of GELU, as a device does.
 
-    rounding: by kind of product, "convolution" or "matmul" (with attention). gelu: the form by the requested form. Under
-    inference_mode a dispatch mode sees layers whole and decomposes them (as torch.utils.flop_counter does), so that no
-    product is hidden; decompositions in Python, such as that of interpolation, round differently, and are not used. It
-    records the names of all operators, and counts the products by kind and the GELUs that it changed.
+    rounding: by kind of product, "convolution" or "matmul" (with attention). gelu: the form by the requested form.
+    Under inference_mode a dispatch mode sees layers whole and decomposes them (as torch.utils.flop_counter does), so
+    that no product is hidden; decompositions in Python, such as that of interpolation, round differently, and are not
+    used. It records the names of all operators, and counts the products by kind and the GELUs that it changed.
     """
     aten = torch.ops.aten
     attention, composite = aten.scaled_dot_product_attention.default, torch._C.DispatchKey.CompositeImplicitAutograd
@@ -1738,9 +1749,11 @@ def throughput_stage(context: Context, outputs: Outputs, checked: Precision | No
         yield from LATENCY.header()
         for timing in timed:
             ms, peak = timing.total_ms, timing.peak_bytes and timing.peak_bytes / MIB
-            cells = min(ms), np.mean(ms), max(ms), np.median(timing.launch_ms), "host" if timing.host_bound else "device"
-            yield LATENCY.entry(VARIES, f"throughput.{timing.name}", *cells, timing.first_ms, peak, len(ms))
-        yield LATENCY.legend(f"launch: until the host has launched all; bound by the host from {HOST_BOUND:.0%} of p50 on")
+            cells = min(ms), np.mean(ms), max(ms), np.median(timing.launch_ms)
+            cells = *cells, "host" if timing.host_bound else "device", timing.first_ms, peak, len(ms)
+            yield LATENCY.entry(VARIES, f"throughput.{timing.name}", *cells)
+        limit = f"{HOST_BOUND:.0%} of p50"
+        yield LATENCY.legend(f"launch: until the host has launched all; bound by the host from {limit} on")
         if timed:
             yield copy_entry(outputs.loaded.inputs[outputs.rows(timed[-1].batch)], timed[-1].output, context.device)
     yield from explain_throughput(timed, context.device)
@@ -1768,8 +1781,8 @@ def time_batch(forward: Callable, inputs: torch.Tensor, device: torch.device) ->
 def time_size(context: Context, outputs: Outputs, mode: Mode, size: int, eager=None, seconds: float = 0.0) -> Timing:
     """Warm up, and time batches of one size, each synchronized, in a mode that the model is in.
 
-    Each timed output is compared while no clock runs. eager: the expected outputs, default those of stage 3. seconds: of
-    timing, without a warm-up; 0: as in the options.
+    Each timed output is compared while no clock runs. eager: the expected outputs, default those of stage 3. seconds:
+    of timing, without a warm-up; 0: as in the options.
     """
     from tqdm import tqdm
 
@@ -1943,7 +1956,8 @@ def constant_rope(model: torch.nn.Module) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for rope in (module for module in model.modules() if hasattr(module, "get_embed")):
             table = functools.cache(rope.get_embed)
-            rope.get_embed = torch.compiler.assume_constant_result(lambda *shape, of=table, **named: of(*shape, **named))
+            constant = lambda *shape, of=table, **named: of(*shape, **named)  # noqa: E731
+            rope.get_embed = torch.compiler.assume_constant_result(constant)
             stack.callback(delattr, rope, "get_embed")
         yield
 
@@ -1974,7 +1988,8 @@ def copy_entry(inputs: torch.Tensor, output: np.ndarray, device: torch.device) -
         tensor.to(target)
         synchronize(device)
         times.append(f"{1000 * (time.perf_counter() - start):.3g} ms")
-    return Entry(VARIES, "throughput.copy", f"batch size {len(inputs)}: {' to the device, '.join(times)} back, in float32")
+    text = f"batch size {len(inputs)}: {' to the device, '.join(times)} back, in float32"
+    return Entry(VARIES, "throughput.copy", text)
 
 
 def explain_throughput(timings: list[Timing], device: torch.device) -> Iterator[Entry]:
@@ -1994,9 +2009,9 @@ def explain_throughput(timings: list[Timing], device: torch.device) -> Iterator[
     eager = {timing.name: timing for timing in timings if timing.total_ms}
     for group in by_mode(timings):
         pairs = zip(group, group[1:])
-        if saturated := next((a for a, b in pairs if b.throughput < SATURATION_GAIN * a.throughput), None):
-            text = f"{saturated.mode.name} at batch size {saturated.batch}: twice as much gains under {SATURATION_GAIN - 1:.0%}"
-            yield Entry(VARIES, f"throughput.saturated.{saturated.mode.name}", text)
+        if last := next((a for a, b in pairs if b.throughput < SATURATION_GAIN * a.throughput), None):
+            text = f"{last.mode.name} at batch size {last.batch}: the next size gains under {SATURATION_GAIN - 1:.0%}"
+            yield Entry(VARIES, f"throughput.saturated.{last.mode.name}", text)
         if plain := group[0].mode.compiled:
             texts = [f"batch size {timing.batch} {timing.first_ms / 1000:.1f} s" for timing in group]
             for i, timing in enumerate(group):
@@ -2026,12 +2041,13 @@ def fastest_modes(context: Context, flops: int | None, groups: list, errors: dic
         yield FASTEST.entry(VARIES, f"throughput.best.{timing.mode.name}", *cells)
     yield FASTEST.legend("fastest batch size of each mode. share: of the chip's float16 peak")
     if fastest := fastest_within(context, sum(groups, []), errors):
-        text = f"{fastest.mode.name} at batch size {fastest.batch}, {fastest.throughput / best[0].throughput:.2f} x float32"
-        yield Entry(VARIES, "throughput.fastest", f"{text} (error within --max-error {context.options.max_error:g})")
+        speedup, limit = fastest.throughput / best[0].throughput, f"--max-error {context.options.max_error:g}"
+        text = f"{fastest.mode.name} at batch size {fastest.batch}, {speedup:.2f} x float32 (error within {limit})"
+        yield Entry(VARIES, "throughput.fastest", text)
 
 
 def fastest_within(context: Context, timings: list[Timing], errors: dict[str, float]) -> Timing | None:
-    """The fastest mode and batch size whose error is at most --max-error. A mode that failed in stage 4 has no error."""
+    """The fastest row whose error is at most --max-error. Modes that failed in stage 4 have no error."""
     accepted = [t for t in timings if errors.get(t.mode.base, math.inf) <= context.options.max_error]
     return max(accepted, key=lambda timing: timing.throughput, default=None)
 
@@ -2228,7 +2244,8 @@ class Log:
         if not version or not lines[-1].startswith("RESULT: "):
             raise CannotRun(f"{path} is not a complete log of validate_npu.py: its first or its last line is missing")
         if version[1] != VERSION:
-            raise CannotRun(f"{path} is a log of version {version[1] or '1'}, this script is version {VERSION}: make a new log")
+            problem = f"{path} is a log of version {version[1] or '1'}, this script is version {VERSION}"
+            raise CannotRun(f"{problem}: make a new log")
         return cls(os.path.basename(path), lines)
 
     @property
@@ -2262,7 +2279,8 @@ def compare_logs(old: Log, new: Log, options: argparse.Namespace) -> Stage[None]
         ("speed", f"throughput fell nowhere by more than {options.max_slowdown:g}% and half the spreads",
          FAIL if slower else WARN, slower or unsure and ["not judged, large spreads or few batches", *unsure]),
     ):  # fmt: skip
-        yield Entry(outcome if found else PASS, f"comparison.{name}", "; ".join(dict.fromkeys(found)) or text, advice=advice)
+        text = "; ".join(dict.fromkeys(found)) or text
+        yield Entry(outcome if found else PASS, f"comparison.{name}", text, advice=advice)
 
 
 def grown_errors(old: Log, new: Log) -> Iterator[str]:
@@ -2304,7 +2322,8 @@ TEXTS = {
     "random_weights": ("随机权重：不作精度结论", "random weights: no claim about precision"),
     "skipped": ("有未做的检查（SKIP）", "some checks were not done (SKIP)"),
     "scope": ("在 {} 张图像上验证；这不是完整数据集上的评测（其中 {} 张为固定种子的随机图像）。",
-              "validated on {} images; this is not an evaluation on a full dataset ({} of them are seeded random images)."),
+              "validated on {} images; this is not an evaluation on a full dataset ({} of them are seeded random"
+              " images)."),
     "item": ("项目", "item"), "value": ("内容", "value"), "output": ("输出", "output"), "notes": ("说明", "Notes"),
     "made": ("由 validate_npu.py {} 根据日志生成：", "Made by validate_npu.py {} from the log: "),
     "environment": ("验证环境", "Environment"), "npu": ("设备", "device"), "cards": ("验证的卡数", "devices validated"),
@@ -2312,38 +2331,44 @@ TEXTS = {
     "variables": ("环境变量", "environment variables"), "fp32": ("float32 精度", "precision of float32"),
     "subject": ("模型与权重", "Model and weights"), "name": ("模型", "model"), "size": ("规模", "size"),
     "preprocessing": ("输入与预处理", "input and preprocessing"), "weights": ("权重来源", "weights"),
-    "weights_sha256": ("权重 SHA-256", "SHA-256 of the weights"), "inputs_sha256": ("输入 SHA-256", "SHA-256 of the inputs"),
-    "reproduction": ("复现方法", "How to reproduce"), "inference": ("推理", "Inference"), "shape": ("形状", "shape"),
-    "dtype": ("数据类型", "dtype"), "min": ("最小值", "min"), "max": ("最大值", "max"), "mean": ("均值", "mean"),
-    "std": ("标准差", "std"), "check": ("检查", "check"), "first_values": ("前 5 个值", "first 5 values"), "image": ("图片", "image"),
-    "accuracy": ("精度（与 CPU float32 对比）", "Precision against the CPU in float32"), "max_abs": ("最大绝对误差", "max abs"),
+    "weights_sha256": ("权重 SHA-256", "SHA-256 of the weights"), "reproduction": ("复现方法", "How to reproduce"),
+    "inputs_sha256": ("输入 SHA-256", "SHA-256 of the inputs"), "inference": ("推理", "Inference"),
+    "shape": ("形状", "shape"), "dtype": ("数据类型", "dtype"), "min": ("最小值", "min"), "max": ("最大值", "max"),
+    "mean": ("均值", "mean"), "std": ("标准差", "std"), "check": ("检查", "check"), "image": ("图片", "image"),
+    "first_values": ("前 5 个值", "first 5 values"), "max_abs": ("最大绝对误差", "max abs"),
+    "accuracy": ("精度（与 CPU float32 对比）", "Precision against the CPU in float32"),
     "mean_abs": ("平均绝对误差", "mean abs"), "rel_l2": ("相对 L2 误差", "rel L2"), "cosine": ("余弦相似度", "cosine"),
     "nmae": ("归一化平均误差", "normalized mean error"), "top1": ("top-1 一致", "top-1 agrees"),
     "probabilities": ("softmax 概率最大差", "largest difference of probabilities"),
-    "predictions": ("图片预测", "predictions of images"), "explanation": ("HF32 与 GELU 造成的误差", "errors due to HF32 and GELU"),
+    "predictions": ("图片预测", "predictions of images"),
+    "explanation": ("HF32 与 GELU 造成的误差", "errors due to HF32 and GELU"),
     "accuracy_note": ("误差取最差的图像。strict（关闭 HF32）、float32 等列：与 CPU float64 对比的判定，括号内为误差占限值的百分比。",
-                      "Errors are those of the worst image. Columns strict (without HF32), float32, ...: the check against CPU"
-                      " float64, with the error in percent of its limit."),
-    "performance": ("性能", "Performance"), "mode": ("方式", "mode"), "batch": ("批大小", "batch size"), "images/s": ("吞吐量（图像/秒）", "images/s"),
-    "mean_ms": ("平均（毫秒/批）", "mean (ms)"), "p50": ("P50（毫秒）", "p50 (ms)"), "p99": ("P99（毫秒）", "p99 (ms)"),
-    "ms_per_image": ("毫秒/图像", "ms per image"), "speedup": ("对 CPU 加速比", "speed-up over the CPU"),
-    "peak": ("显存峰值（MiB）", "peak memory (MiB)"), "batches": ("计时批数", "timed batches"),
-    "p50_ms": ("CPU float32 延迟（毫秒，批大小 1）", "CPU float32 latency (ms, batch size 1)"), "threads": ("CPU 线程数", "CPU threads"),
-    "warmup": ("预热批数（最少）", "warm-up batches (at least)"),
+                      "Errors are those of the worst image. Columns strict (without HF32), float32, ...: the check"
+                      " against CPU float64, with the error in percent of its limit."),
+    "performance": ("性能", "Performance"), "mode": ("方式", "mode"), "batch": ("批大小", "batch size"),
+    "images/s": ("吞吐量（图像/秒）", "images/s"), "mean_ms": ("平均（毫秒/批）", "mean (ms)"), "p50": ("P50（毫秒）", "p50 (ms)"),
+    "p99": ("P99（毫秒）", "p99 (ms)"), "ms_per_image": ("毫秒/图像", "ms per image"), "threads": ("CPU 线程数", "CPU threads"),
+    "speedup": ("对 CPU 加速比", "speed-up over the CPU"), "peak": ("显存峰值（MiB）", "peak memory (MiB)"),
+    "p50_ms": ("CPU float32 延迟（毫秒，批大小 1）", "CPU float32 latency (ms, batch size 1)"),
+    "batches": ("计时批数", "timed batches"), "warmup": ("预热批数（最少）", "warm-up batches (at least)"),
     "performance_note": ("每批后同步计时，不含预处理和数据拷贝。", "Each batch is synchronized; no preprocessing, no copies."),
 }  # fmt: skip
 FRONT_MATTER = "---", "hardware: NPU", "tags:", "- NPU", "- Ascend", "---", ""
-NO_NPU, NO_ACCURACY = {"dry_run", "other_device", "emulated"}, {"dry_run", "random_weights"}  # a CPU is its own reference
+NO_NPU = {"dry_run", "other_device", "emulated"}
+NO_ACCURACY = {"dry_run", "random_weights"}  # a CPU is its own reference
 # Columns of the tables, by section. After those of accuracy each mode has one.
 COLUMNS = {"inference": ("shape", "dtype", "min", "max", "mean", "std", "check"),
            "accuracy": ("max_abs", "mean_abs", "rel_l2", "nmae", "cosine"),
-           "performance": ("mode", "batch", "images/s", "mean_ms", "p50", "p99", "ms_per_image", "speedup", "peak", "batches")}  # fmt: skip
+           "performance": ("mode", "batch", "images/s", "mean_ms", "p50", "p99", "ms_per_image", "speedup", "peak",
+                           "batches")}  # fmt: skip
 # Facts, by section: label -> id.
 FACTS = {"environment": {"npu": "device.name", "date": "run.date", "software": "device.software", "host": "device.host",
                          "settings": "device.settings", "variables": "device.environment", "fp32": "device.fp32"},
-         "subject": {label: f"model.{label}" for label in ("size", "preprocessing", "weights", "weights_sha256", "inputs_sha256")}}
-NOTES = ("model.fallback", "precision.fewer_bits", "precision.switches",  # beginnings of ids
-         *(f"throughput.{name}" for name in ("host_bound", "doubtful", "not_steady", "saturated.", "copy", "fastest", "sustained.tenths")))
+         "subject": {"size": "model.size", "preprocessing": "model.preprocessing", "weights": "model.weights",
+                     "weights_sha256": "model.weights_sha256", "inputs_sha256": "model.inputs_sha256"}}  # fmt: skip
+NOTES = ("model.fallback", "precision.fewer_bits", "precision.switches", "throughput.host_bound", "throughput.doubtful",
+         "throughput.not_steady", "throughput.saturated.", "throughput.copy", "throughput.fastest",
+         "throughput.sustained.tenths")  # beginnings of ids  # fmt: skip
 
 
 def rows_of(log: Log, start: str, column: str) -> dict[str, tuple[str, dict[str, str]]]:
@@ -2368,7 +2393,8 @@ def report_rows(log: Log) -> dict[str, dict[str, dict[str, str]]]:
             found["speedup"] = f"{float(cpu['p50_ms']) / float(cells['p50']):.2f}"
         rows["performance"][name] = cells | found
     for section, columns in COLUMNS.items():
-        rows[section] = {name: {key: cells[key] for key in columns if cells.get(key)} for name, cells in rows[section].items()}
+        for name, cells in rows[section].items():
+            rows[section][name] = {key: cells[key] for key in columns if cells.get(key)}
     for name, cells in rows["accuracy"].items():
         judged = rows_of(log, f"precision.{name}.", "err_fp64")
         cells |= {mode: f"{mark} ({figures['used']})" for mode, (mark, figures) in judged.items()}
@@ -2383,17 +2409,18 @@ def content(log: Log) -> dict:
     except (KeyError, ValueError, CannotRun, SystemExit) as error:
         raise CannotRun(f"the command in the log {log.name} cannot be read: make a new log") from error
     kind, random = options.device.partition(":")[0], options.weights == "random"
+    emulated, skipped = "emulated" in texts.get("device.software", ""), SKIP in log.marks.values()
     limits = {"dry_run": kind == "cpu", "other_device": kind not in ("cpu", "npu"), "random_weights": random,
-              "emulated": "emulated" in texts.get("device.software", ""), "skipped": SKIP in log.marks.values()}  # fmt: skip
+              "emulated": emulated, "skipped": skipped}  # fmt: skip
     limits = [key for key, holds in limits.items() if holds]
     seeds = PRECISION_SEEDS if rows_of(log, "precision.", "err_fp64") else 0
     found = {section: {label: texts.get(id, "") for label, id in ids.items()} for section, ids in FACTS.items()}
     nodes = [cells["node"] for _, cells in rows_of(log, "devices.", "chip").values()]
     found["environment"]["cards"], found["subject"] = str(len(nodes) or 1), {"name": options.model} | found["subject"]
-    path, _, older = SET_ENV.partition(" (")
+    (path, _, older), mirror = SET_ENV.partition(" ("), "export HF_ENDPOINT=https://hf-mirror.com"
     launcher = f"torchrun --nnodes {len(set(nodes))} --nproc-per-node {nodes.count(nodes[0])}" if nodes else "python"
     found["reproduction"] = {"environment": f"{path}\n# {older.rstrip(')')}" if kind == "npu" else "",
-                             "hub": "export HF_ENDPOINT=https://hf-mirror.com" if options.weights == "pretrained" else "",
+                             "hub": mirror if options.weights == "pretrained" else "",
                              "command": f"{launcher} {texts['run.command']}"}  # fmt: skip
     found |= report_rows(log)
     starts = ("precision.first_values.",) if random else ("precision.first_values.", "precision.image.")
@@ -2408,7 +2435,7 @@ def content(log: Log) -> dict:
     listed = [id for outcome in (FAIL, WARN, SKIP) for id, mark in log.marks.items() if mark == outcome]
     rows = {id: ", ".join(f"{key} {value}" for key, value in log.rows.get(id, {}).items()) for id in listed}
     found["notes"] = {id: f"{log.marks[id]} {rows[id] or texts[id]}" for id in listed}
-    found["notes"] |= {id: text for id, text in texts.items() if id.startswith(NOTES) and log.marks.get(id, PASS) == PASS}
+    found["notes"] |= {id: text for id, text in texts.items() if id.startswith(NOTES) and id not in listed}
     head = {"version": VERSION, "log": log.name, "result": log.result, "statements": [log.result.split()[1], *limits],
             "images": seeds + int(texts.get("model.images", 0)), "random_images": seeds}  # fmt: skip
     return head | {section: {label: row for label, row in rows.items() if row} for section, rows in found.items()}
@@ -2833,7 +2860,7 @@ def install_command() -> str:
 
 
 def version_in(*patterns: str) -> str:
-    """The version in the first file that matches the patterns, which are of CANN's folder if relative; "" without one."""
+    """The version in the first file that matches the patterns, relative to CANN's folder; "" if there is none."""
     homes = os.environ.get("ASCEND_HOME_PATH"), f"{ASCEND}/cann", f"{ASCEND}/ascend-toolkit/latest"
     paths = (os.path.join(home, pattern) for home in homes if home for pattern in patterns)
     for path in (found for path in paths for found in sorted(glob.glob(path))):
@@ -2850,7 +2877,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def still_works(device: torch.device) -> bool:
-    """True if a matmul gives the expected result. After an error torch_npu may drop all operators, or wait without end."""
+    """True if a matmul gives the expected result. After an error torch_npu may drop all operators, or wait forever."""
     if device.type == "cpu":
         return True
     operands, works = torch.randn(2, 64, 64), []  # new ones: the memory may still hold an earlier product
@@ -2886,7 +2913,8 @@ def device_log(device: torch.device) -> str:
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Of the device. torch_npu 2.9.0 has no exception type for it, and its queue raises a plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError) or bool(re.search("out of memory|EL0004|207001|207018", str(error)))
+    pattern = "out of memory|EL0004|207001|207018"
+    return isinstance(error, torch.OutOfMemoryError) or bool(re.search(pattern, str(error)))
 
 
 def chip_name(device: torch.device) -> str:
@@ -2997,7 +3025,7 @@ def set_reduced_fp32(device: torch.device, values: dict[str, bool]) -> Iterator[
 
 
 def fp32_precision(device: torch.device) -> dict[str, str]:
-    """The documented precision of convolutions and matmuls of float32 tensors with the present switches: keys of UNIT."""
+    """The documented precision of products of float32 tensors by kind, with the present switches: keys of UNIT."""
     precision = {"convolution": "float32", "matmul": "float32"}
     # Before the 910B, the first with bfloat16, the matrix unit has no float32 (ACL_PRECISION_MODE allow_fp32_to_fp16).
     if device.type == "npu" and not supports_dtype(device, "bfloat16"):
@@ -3019,10 +3047,11 @@ def judge_fallback(device: torch.device, names: set[str], printed: str) -> Entry
     torch_npu refuses to fall back if it knows the variable, and it is 1; else it warns on stderr, in the first process.
     """
     id, disabled = "model.fallback", os.environ.get("TORCH_NPU_FALLBACK_CPU_DISABLE") == "1"
-    warned = re.findall(r"operator '([\w:.]+)' is not currently supported on the NPU backend and will fall back", printed)
+    warned = re.findall(r"operator '([\w:.]+)' is not currently supported on the NPU backend", printed)
     inside = [f"{name} (its NPU kernel copies to the CPU and back)" for name in sorted(names & HOST_STAGED)]
     if warned or inside:
-        return Entry(WARN, id, f"on the CPU: {', '.join(warned + inside)}", advice="it costs time: can the model avoid it?")
+        advice = "it costs time: can the model avoid it?"
+        return Entry(WARN, id, f"on the CPU: {', '.join(warned + inside)}", advice=advice)
     try:
         torch.special.bessel_j0(torch.ones(1, device=device))  # has no NPU kernel
     except (RuntimeError, NotImplementedError):
@@ -3037,7 +3066,7 @@ def judge_fallback(device: torch.device, names: set[str], printed: str) -> Entry
 
 @contextlib.contextmanager
 def stderr_copied(device: torch.device) -> Iterator[list[str]]:
-    """Inside, what C++ writes on stderr is copied: the list has it at the end. tee also passes on what an abort prints."""
+    """Inside, what C++ writes on stderr is copied: the list has it at the end. tee passes on what an abort prints."""
     printed: list[str] = []
     if device.type != "npu":
         yield printed
@@ -3068,8 +3097,10 @@ def explain(error: BaseException, printed: str = "") -> str:
         return describe(error)
     # CANN's own reason. "EZ9999: Inner Error!" has no content, the line below it has.
     reason = re.search(r"HBM MULTI BIT ECC ERROR|\bE[A-Z]\d{4}: (?!Inner Error).+", text)
-    what = f"error code {code[1]}, {ERROR_CODES.get(int(code[1]), SEE_LOG)}" if code else f"failed on the device, {SEE_LOG}"
-    what = f"{operator[1]}: {what}" if operator else what
+    what, advice = "failed on the device", SEE_LOG
+    if code:
+        what, advice = f"error code {code[1]}", ERROR_CODES.get(int(code[1]), SEE_LOG)
+    what = f"{operator[1]}: {what}, {advice}" if operator else f"{what}, {advice}"
     varying = r"\[PID: ?\d+\] *|\d{4}-\d\d-\d\d[-\d:. ]*"
     return what + (f" ({re.sub(varying, '', reason[0])[:300]})" if reason else "")
 
@@ -3152,7 +3183,8 @@ class Table:
         """The names of the columns, and below them their units, if there are any."""
         yield Entry(HEADER, "id", self.row(*(name for name, _ in self.columns)), width=self.width)
         if self.units:
-            yield Entry(HEADER, "", self.row(*(unit or "\u00a0" for unit in self.units)).replace("\u00a0", " "), width=self.width)
+            units = self.row(*(unit or "\u00a0" for unit in self.units)).replace("\u00a0", " ")
+            yield Entry(HEADER, "", units, width=self.width)
 
     def legend(self, text: str) -> Entry:
         """The end of the table: a definition of its columns."""
@@ -3183,20 +3215,22 @@ class Table:
 
 ERRORS = "max_row:>7.1e", "max_elem:>8.1e", "limit:>7.1e", "used:>6"
 PRODUCTS = Table(22, *ERRORS, "precision:<1")
-OUTPUTS = Table(22, "shape:<13", "min:>7.4g", "max:>7.4g", "mean:>8.1e", "std:>6.3g", "batch_err:>9.1e", "limit:>7.1e", "used:>6")
+OUTPUTS = Table(22, "shape:<13", "min:>7.4g", "max:>7.4g", "mean:>8.1e", "std:>6.3g", "batch_err:>9.1e", "limit:>7.1e",
+                "used:>6")  # fmt: skip
 PRECISION = Table(36, "err_fp64:>8.1e", "expected:>8.1e", "cpu_err:>7.1e", *ERRORS)
 MODULES = Table(36, "count:>5", *ERRORS, "worst:<1")
 THROUGHPUT = Table(34, "images/s:>9.2f", "p50:>7.5g", "p90:>7.5g", "p95:>7.5g", "p99:>7.5g", "iqr:>6.1%",
                    units=("1/s", "ms", "ms", "ms", "ms", ""))  # fmt: skip
-LATENCY = Table(34, "min:>6.4g", "mean:>6.4g", "max:>6.4g", "launch:>6.4g", "bound:>6", "first_call:>10.0f", "peak:>5.0f",
-                "batches:>7", units=("ms", "ms", "ms", "ms", "", "ms", "MiB", ""))  # fmt: skip
+LATENCY = Table(34, "min:>6.4g", "mean:>6.4g", "max:>6.4g", "launch:>6.4g", "bound:>6", "first_call:>10.0f",
+                "peak:>5.0f", "batches:>7", units=("ms", "ms", "ms", "ms", "", "ms", "MiB", ""))  # fmt: skip
 BAR_WIDTH = 12
-LIMITS_TEXT = ("err_fp64: against CPU float64. expected: C. cpu_err: e. max_elem: worst element / 32. WARN above 2 C + 64 e"
-               " (half precision: 3 e), FAIL above 4 C + 256 e (6 e)")  # fmt: skip
+LIMITS_TEXT = ("err_fp64: against CPU float64. expected: C. cpu_err: e. max_elem: worst element / 32. WARN above"
+               " 2 C + 64 e (half precision: 3 e), FAIL above 4 C + 256 e (6 e)")  # fmt: skip
 PUBLISHED = Table(34, "max_abs:>8.1e", "mean_abs:>8.1e", "rel_l2:>8.1e", "nmae:>8.1e", "cosine:>10.7f")
 PROBABILITIES = Table(34, "max_abs:>8.1e", "top1:>5", "inputs:>6")
 CPU_LATENCY = Table(22, "p50_ms:>8.5g", "batch:>5", "threads:>7")
-FASTEST = Table(34, "batch:>5", "images/s:>9.2f", "speedup:>7.2f", "err_fp64:>8.1e", "TFLOP/s:>7.3f", "share:>5.0%", "bar:<1")
+FASTEST = Table(34, "batch:>5", "images/s:>9.2f", "speedup:>7.2f", "err_fp64:>8.1e", "TFLOP/s:>7.3f", "share:>5.0%",
+                "bar:<1")  # fmt: skip
 DEVICES = Table(12, "node:>4", "device:<8", "checks:>6", "failed:>6", "warned:>6", "err_fp64:>8.1e", "chip:<1")
 SPEED = Table(45, "old:>8.2f", "new:>8.2f", "ratio:>5.2f", "old_p50:>7.4g", "new_p50:>7.4g", "allowed:>7.0%")
 
@@ -3221,7 +3255,7 @@ class Report:
         self.timer.cancel()
         message = f"error: stage {stage}{what} takes longer than --timeout {self.timeout} s: the device may hang"
         if self.device and self.device.type == "npu":
-            message += " (see npu-smi info); a 310P or 910A compiles kernels for minutes in its first run: raise --timeout"
+            message += " (see npu-smi info); a 310P or 910A compiles kernels for minutes at first: raise --timeout"
         self.timer = threading.Timer(self.timeout + seconds, self.abort, (message, 2))
         self.timer.daemon = True
         self.timer.start()
@@ -3298,7 +3332,10 @@ class Report:
             if entry.numeric and entry is not cause:
                 continue
             lines = [f"{entry.mark} {entry.id}: {entry.problem or entry.text}", *entry.details]
-            lines += self.numeric_block(entry, checked) if entry is cause else [f"next: {entry.advice}"] if entry.advice else []
+            if entry is cause:
+                lines += self.numeric_block(entry, checked)
+            elif entry.advice:
+                lines.append(f"next: {entry.advice}")
             for i, text in enumerate(lines):
                 self.line(*wrap(text, " " * 5 * (i > 0), " " * (7 if i else 5)))
 
@@ -3309,17 +3346,17 @@ class Report:
             more = f", {len(bad) - 3} more" if len(bad) > 3 else ""
             yield f"modules out of tolerance, in execution order: {', '.join(bad[:3])}{more}"
         for outcome, verb in ((FAIL, "failed"), (WARN, "warned")):
-            others = [entry.id for entry in self.checks if entry.numeric and entry.mark == outcome and entry is not cause]
-            if others:
+            found = (entry for entry in self.checks if entry.numeric and entry.mark == outcome)
+            if others := [entry.id for entry in found if entry is not cause]:
                 text = f"{len(others)} more check{'s' * (len(others) > 1)} {verb} after it: {', '.join(others)}"
                 yield textwrap.shorten(text, WIDTH - 5, placeholder=" ...")
         apart = any(entry.numeric and entry.mark != PASS and entry.id.startswith("precision.") for entry in self.checks)
         if bad and not cause.id.startswith("device."):
             yield f"next: run {bad[0].split(' ')[0]} by itself on the device and on the CPU"
         elif checked and cause.id.startswith("outputs.") and (not apart or cause.id == "outputs.determinism"):
-            yield "next: stage 4 found no cause, the error did not come back: it is transient; repeat with --duration 600"
+            yield "next: stage 4 found no cause, the error did not come back: it is transient; run with --duration 600"
         elif checked and apart and not cause.id.startswith("device."):
-            yield "next: no module is out of tolerance: look at operators outside modules, or the model amplifies errors"
+            yield "next: look at operators outside modules (no module is out of tolerance), or the model amplifies errors"
         elif cause.advice:
             yield f"next: {cause.advice}"
 
@@ -3366,7 +3403,8 @@ class Report:
                     file.writelines(line + "\n" for line in self.lines)
                 os.replace(temporary, os.path.join(folder, name))
             except OSError as error:
-                raise CannotRun(f"the log cannot be written to {self.output}: {error.strerror}; it is on stdout") from error
+                problem = f"the log cannot be written to {self.output}: {error.strerror}; it is on stdout"
+                raise CannotRun(problem) from error
             finally:
                 with contextlib.suppress(OSError):
                     os.unlink(temporary)
@@ -3519,8 +3557,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def command_line(options: argparse.Namespace) -> str:
     """The command with all options that change the experiment and are not the default."""
     words, defaults = ["validate_npu.py"], vars(parse_arguments([]))
+    others = "output", "baseline", "timeout", "strict", "max_slowdown", "language"
     for name, value in vars(options).items():
-        if value != defaults[name] and name not in ("output", "baseline", "timeout", "strict", "max_slowdown", "language"):
+        if value != defaults[name] and name not in others:
             values = (value or ["auto"]) if isinstance(value, list) else [] if value is True else [value]
             values = map(os.path.basename if name in ("weights", "image") else str, values)
             words += [f"--{name.replace('_', '-')}", *values]

@@ -361,7 +361,7 @@ def test_an_error_of_stage_3_that_stage_4_does_not_find_is_transient(report):
     assert failed(report) == ["outputs.embedding", "outputs.logits"] and not checked.bad_modules
     assert "1 more check failed after it: outputs.logits" in block
     assert block.endswith(
-        "next: stage 4 found no cause, the error did not come back: it is transient; repeat with --duration 600"
+        "next: stage 4 found no cause, the error did not come back: it is transient; run with --duration 600"
     )
 
 
@@ -372,7 +372,7 @@ def test_an_error_outside_the_modules_says_where_to_look(report):
     loaded = first_pass_again(loaded)
     _, (block,) = after_stages_3_and_4(report, context, loaded)
     assert block.endswith(
-        "next: no module is out of tolerance: look at operators outside modules, or the model amplifies errors"
+        "next: look at operators outside modules (no module is out of tolerance), or the model amplifies errors"
     )
 
 

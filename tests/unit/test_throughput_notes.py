@@ -32,7 +32,7 @@ HALF = dataclasses.replace(FASTER, mode=v.MODES["float16"])
         ([ONE_SLOW], "doubtful", None),
         ([dataclasses.replace(MEASURED, steady=False)], "not_steady", "float32 4: the latency was not stable to 2%"),
         ([MEASURED], "not_steady", None),
-        ([MEASURED, FASTER, NO_FASTER], "saturated.float32", "float32 at batch size 8: twice as much gains under 5%"),
+        ([MEASURED, FASTER, NO_FASTER], "saturated.float32", "float32 at batch size 8: the next size gains under 5%"),
         ([MEASURED, FASTER], "saturated.float32", None),
         # 5 s at 1.25 ms less for each image
         ([MEASURED, COMPILED], "compile.float32+compile", "with the first calls: batch size 4 5.0 s (paid for after 4e+03 images)"),
