@@ -202,7 +202,8 @@ def with_value(value):
 
 
 def problems(values, expected=(1, 8)):
-    return list(v.output_problems(values, np.zeros(expected, np.float32), "2"))
+    on_cpu = np.random.default_rng(2).standard_normal(expected).astype(np.float32)
+    return list(v.output_problems(values, on_cpu, "2"))
 
 
 def test_a_healthy_output_passes_and_its_row_has_its_figures():
@@ -244,6 +245,20 @@ def test_nan_and_inf_are_counted_on_both_sides():
     on_cpu = np.float32([[1, math.inf, math.nan, 1]])
     (found,) = v.output_problems(np.float32([[1, math.inf, math.inf, math.nan]]), on_cpu, "1")
     assert found == "batch 1: 1 NaN and 2 Inf in 4 values, 2 on the CPU"
+
+
+@pytest.mark.parametrize(
+    ("values", "on_cpu"),
+    [
+        (VALUES[[0, 0, 1]], VALUES[[0, 0, 1]]),  # two files with one image
+        (np.full((2, 8), 0.5, np.float32), np.full((3, 8), 0.5, np.float32)),  # a classifier that was not trained
+        (VALUES[:, :1] * 0 + 1, VALUES[:, :1]),  # one logit: of 256 images two are nearly equal in 4 of 10 runs
+    ],
+)
+def test_outputs_that_are_equal_on_the_cpu_as_well_are_no_fault_of_the_device(values, on_cpu):
+    assert list(v.output_problems(values, on_cpu, "3")) == []
+    other = np.random.default_rng(2).standard_normal(on_cpu.shape)
+    assert values.shape[1] == 1 or list(v.output_problems(values, other.astype(np.float32), "3")) != []
 
 
 def test_images_that_differ_as_little_as_an_untrained_cnn_sets_them_apart_pass():

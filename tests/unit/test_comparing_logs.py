@@ -147,6 +147,21 @@ def test_what_became_worse_is_found_and_nothing_else(steady, change, found):
     assert all(shown[name].startswith(text) for name, text in found.items()), shown
 
 
+@pytest.mark.parametrize("line", [
+    "WARN device.fewer_bits        matmul keeps fewer bits than the settings promise",
+    "WARN outputs.batch.64 out of device memory",
+    "FAIL precision.module.Linear                 48 1.0e-02  1.0e-03 3.9e-03   256% blocks.5.mlp.fc2",
+    "SKIP throughput.stage stage 3 was not finished",
+])  # fmt: skip
+def test_what_was_wrong_and_is_corrected_is_not_missing(steady, line):
+    assert worse(added(line)(steady), steady) == {}
+
+
+def test_an_error_that_was_not_measured_has_not_grown(steady):
+    old, new = (error("batch_err", value, "outputs.tokens")(steady) for value in ("-", "1.0e-03"))
+    assert worse(old, new) == {}
+
+
 def test_in_a_different_experiment_a_missing_check_is_a_warning(steady):
     change = replaced("--batch-sizes 1 3", "--batch-sizes 1 3 --seed 1")
     shown = worse(steady, change(without("PASS precision.control")(steady)))

@@ -98,7 +98,7 @@ def prediction(tmp_path):
 
 def distinct():
     """Outputs of two images that differ by 1e-4."""
-    return list(v.output_problems(np.array([[1, 2.0], [1, 2.0002]]), np.ones((2, 2)), "2"))
+    return list(v.output_problems(np.array([[1, 2.0], [1, 2.0002]]), np.eye(2) + 1, "2"))
 
 
 def grown(before, after):
