@@ -79,6 +79,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import traceback
 import warnings
 import zipfile
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -224,6 +225,7 @@ HOST_BOUND = 0.8  # a row is host-bound if launching takes this share of its tim
 MAX_IQR = 0.1  # interquartile range over median, as in torch.utils.benchmark
 FEWEST_BATCHES = 5  # a row with fewer timed batches has no percentiles, and is not judged
 HEARTBEAT_SECONDS = 30  # without a terminal, until the next line that names the stage
+COPY_SECONDS = 2  # until what was printed on stderr has been copied
 ALIVE_SECONDS = 30  # until a device that reported an error must have computed a small matmul
 ROLL_CALL_SECONDS = 5  # until each rank must have answered when torchrun ends a run
 MIB, GIB = 2**20, 2**30
@@ -284,12 +286,9 @@ def validate(context: Context, report: Report, baseline: Log | None) -> int:
     """Run the five stages in sequence, and write the log. Returns the exit status. Raises CannotRun and RanksLost."""
     ranks, timings = context.ranks, None
     report.head(context)
-    probe = report.run("device", device_stage(context))
+    probe = on_all_ranks(ranks, report, "stage 1 was not finished on it", report.run("device", device_stage(context)))
     loaded = report.run("model", probe and model_stage(context, probe), "stage 1 was not finished")
-    broken = [rank for rank, works in enumerate(ranks.gather("the model runs", loaded is not None)) if not works]
-    if broken and ranks.size > 1:
-        loaded, advice = None, "run it by itself for its whole log"
-        report.add(Entry(FAIL, f"devices.{rank}", "the model does not run on it", advice=advice) for rank in broken)
+    loaded = probe and on_all_ranks(ranks, report, "the model does not run on it", loaded)
     outputs = report.run("outputs", loaded and outputs_stage(context, loaded), "the model does not run")
     checked = report.run("precision", loaded and precision_stage(context, loaded), "the model does not run")
     for _ in ranks.turns():
@@ -301,6 +300,15 @@ def validate(context: Context, report: Report, baseline: Log | None) -> int:
         stage = compare_logs(baseline, Log("this run", report.lines), context.options)
         report.run("comparison", stage, detail=f"with {baseline.name}")
     return report.close(checked, timings)
+
+
+def on_all_ranks(ranks: Ranks, report: Report, problem: str, result: T | None) -> T | None:
+    """The result of a stage; None if a rank has none, so that no rank waits for it in a later stage."""
+    broken = [rank for rank, works in enumerate(ranks.gather(problem, result is not None)) if not works]
+    if broken and ranks.size > 1:
+        advice = "run it by itself for its whole log"
+        report.add(Entry(FAIL, f"devices.{rank}", problem, advice=advice) for rank in broken)
+    return None if broken else result
 
 
 # --- Stage 1: device --------------------------------------------------------------------------------------------------
@@ -435,7 +443,7 @@ def model_stage(context: Context, probe: Probe) -> Stage[Loaded]:
     yield Entry(VARIES, "model.time", f"{seconds}, references on the CPU {time.perf_counter() - started:.1f} s")
     if device.type != "cpu":  # else stage 5 times it
         with torch.inference_mode():
-            cpu_ms = [time_batch(cpu, inputs[:1], torch.device("cpu"))[1] for _ in range(2)]
+            cpu_ms = [time_batch(cpu, inputs[:1], torch.device("cpu"))[1] for _ in range(3)]
         yield from CPU_LATENCY.header()
         yield CPU_LATENCY.entry(VARIES, "model.cpu_latency", np.median(cpu_ms), 1, torch.get_num_threads())
     return Loaded(cpu, model, inputs, images, first, maps, flops, probe, references)
@@ -880,7 +888,7 @@ def find_feature_maps(options: argparse.Namespace, cpu: torch.nn.Module, image: 
             final, _ = cpu.forward_intermediates(image, indices=info.out_indices)
         same = isinstance(unpooled, torch.Tensor) and torch.equal(unpooled, final)
         return FeatureMaps(list(info.out_indices), last, same)
-    except (RuntimeError, AttributeError, AssertionError, NotImplementedError, TypeError, ValueError):
+    except Exception:  # models without feature maps fail in many ways; no device takes part
         return None
 
 
@@ -1763,7 +1771,8 @@ def throughput_stage(context: Context, outputs: Outputs, checked: Precision | No
         limit = f"{HOST_BOUND:.0%} of p50"
         yield LATENCY.legend(f"launch: until the host has launched all; bound by the host from {limit} on")
         if timed:
-            yield copy_entry(outputs.loaded.inputs[outputs.rows(timed[-1].batch)], timed[-1].output, context.device)
+            rows = outputs.rows(timed[-1].batch)
+            yield copy_entry(outputs.loaded.inputs[rows], outputs.eager[rows], context.device)
     yield from explain_throughput(timed, context.device)
     if groups:
         yield from fastest_modes(context, outputs.loaded.flops, groups, errors)
@@ -1920,7 +1929,8 @@ def compiled(context: Context, mode: Mode, model: torch.nn.Module, inputs: torch
             signal.signal(number, handler)
         context.report_progress()
     # npugraphs runs single operators, without an error, if one is on the CPU. A graph has one memory for its output.
-    replayed = backend not in NPU_GRAPHS or output.data_ptr() == previous.data_ptr()
+    first, second = (tensors_in(each)[0] for each in (previous, output))
+    replayed = backend not in NPU_GRAPHS or first.data_ptr() == second.data_ptr()
     if not replayed or not torch._dynamo.utils.counters["stats"]["unique_graphs"]:
         cause = "is TORCHDYNAMO_DISABLE set?" if replayed else "is an operator on the CPU?"
         raise CannotCapture(f"torch.compile with {backend} ran no graph: {cause}")
@@ -2049,9 +2059,9 @@ def fastest_modes(context: Context, flops: int | None, groups: list, errors: dic
         yield FASTEST.entry(VARIES, f"throughput.best.{timing.mode.name}", *cells)
     yield FASTEST.legend("fastest batch size of each mode. share: of the chip's float16 peak")
     if fastest := fastest_within(context, sum(groups, []), errors):
-        speedup, limit = fastest.throughput / best[0].throughput, f"--max-error {context.options.max_error:g}"
-        text = f"{fastest.mode.name} at batch size {fastest.batch}, {speedup:.2f} x float32 (error within {limit})"
-        yield Entry(VARIES, "throughput.fastest", text)
+        speedup = f"{fastest.throughput / best[0].throughput:.2f} x {best[0].mode.name}"
+        text = f"{fastest.mode.name} at batch size {fastest.batch}, {speedup}"
+        yield Entry(VARIES, "throughput.fastest", f"{text} (error within --max-error {context.options.max_error:g})")
 
 
 def fastest_within(context: Context, timings: list[Timing], errors: dict[str, float]) -> Timing | None:
@@ -2066,7 +2076,7 @@ def sustained_load(context: Context, outputs: Outputs, best: Timing, checked: Pr
     context.report_progress(duration)
     with in_mode(outputs.loaded, best.mode):
         timing = time_size(context, outputs, best.mode, best.batch, seconds=duration)
-    tenth = max(1, len(timing.total_ms) // 10)
+    tenth = max(FEWEST_BATCHES, len(timing.total_ms) // 10)
     parts = [dataclasses.replace(timing, total_ms=part) for part in (timing.total_ms[:tenth], timing.total_ms[-tenth:])]
     figures = (f"{part.throughput:.2f} images/s, p99 {np.percentile(part.total_ms, 99):.5g} ms" for part in parts)
     text = f"{best.name}: first tenth of {duration} s {', last tenth '.join(figures)}"
@@ -2074,7 +2084,9 @@ def sustained_load(context: Context, outputs: Outputs, best: Timing, checked: Pr
     slower = 1 - parts[1].throughput / parts[0].throughput
     allowed = max(SUSTAINED_SLOWDOWN, sum(part.iqr for part in parts) / 2)
     mark, text = PASS, f"no slower after {duration} s"
-    if slower > allowed:
+    if len(timing.total_ms) < 2 * FEWEST_BATCHES:
+        mark, text = SKIP, f"not judged: {len(timing.total_ms)} batches in {duration} s"
+    elif slower > allowed:
         mark, text = WARN, f"throughput fell by {slower:.0%} in {duration} s, limit {allowed:.0%}"
     yield Entry(mark, "throughput.sustained", text, advice="watch temperature, power and clock with the vendor's tools")
     yield from judge_timed_outputs([timing], checked, "sustained.")
@@ -2584,12 +2596,13 @@ class Ranks:
         return []
 
     def all_or_none(self, step: str, function: Callable):
-        """function(). If it raises CannotRun on one rank, it is raised on all."""
+        """function(). If it raises an exception on one rank, CannotRun is raised on all."""
         result, problem = None, None
         try:
             result = function()
-        except CannotRun as error:
-            problem = str(error) if self.size == 1 else f"rank {self.rank}: {error}"
+        except Exception as error:
+            problem = str(error) if isinstance(error, CannotRun) else describe(error)
+            problem = problem if self.size == 1 else f"rank {self.rank}: {problem}"
         if problems := list(filter(None, self.gather(step, problem))):
             raise CannotRun(problems[0])
         return result
@@ -2812,6 +2825,8 @@ HUB_ERRORS = {
     "Server [Ee]rror": "the hub has a failure of its own: run again later",
     "Timeout|Connect|Protocol|ReadError|ProxyError|ChunkedEncoding|URLError|Consistency check": STORAGE,
 }
+# What a device module of torch must have: that of MPS lacks most of it.
+DEVICE_FUNCTIONS = "mem_get_info", "get_device_name", "get_device_properties", "current_stream", "max_memory_allocated"
 DRY_RUN = " (for a dry run without an NPU: --device cpu)"
 
 
@@ -2823,9 +2838,12 @@ def find_device(name: str) -> torch.device:
     if kind == "npu":
         find_npu()
     try:
-        count = torch.get_device_module(kind).device_count()
+        module = torch.get_device_module(kind)
+        count = module.device_count()
     except RuntimeError as error:
         raise CannotRun(f"torch {torch.__version__} has no device of the kind {kind!r}: npu, cuda, cpu?") from error
+    if lacks := [name for name in DEVICE_FUNCTIONS if not hasattr(module, name)]:
+        raise CannotRun(f"{kind} cannot be validated: torch.{kind} has no {', '.join(lacks)}")
     number = int(index or 0)
     if number >= count:
         advice = ": check npu-smi info, the container's devices and ASCEND_RT_VISIBLE_DEVICES" if kind == "npu" else ""
@@ -3090,7 +3108,8 @@ def stderr_copied(device: torch.device) -> Iterator[list[str]]:
                 yield printed
         finally:
             os.dup2(stderr.fileno(), 2)
-            tee.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # CANN's compilers, which may have it open, live on
+                tee.wait(COPY_SECONDS)
             printed.append(copied.read())
 
 
@@ -3612,13 +3631,27 @@ def main(argv: list[str] | None = None) -> int:
             report.add(compare_logs(old, new, options))
             report.failures(None)
             return report.result()
-        end_on_signals(report, ranks)
-        report.restart_timeout("start")
-        if ranks.size == 1:  # at once; under torchrun all processes end with the same reason
-            check_paths(options)
-        import_packages()
-        # A rank may have to wait until each rank before it has timed each row.
-        ranks.connect(report, (options.timeout + options.duration) * (1 + ranks.size))
+        return run(options, ranks, report)
+    except CannotRun as problem:
+        report.lock.acquire()  # this is the last message: torchrun ends rank 0 as soon as another rank has ended
+        return report.not_run(f"error: {problem}", 2)
+    except Exception as error:  # not 1, which is a result
+        traceback.print_exc()
+        return report.not_run(f"error: {describe(error)}: a fault of this script, please report it", 2)
+    finally:
+        report.caches.close()
+
+
+def run(options: argparse.Namespace, ranks: Ranks, report: Report) -> int:
+    """Everything before stage 1, and the stages. Returns the exit status. Raises CannotRun."""
+    end_on_signals(report, ranks)
+    report.restart_timeout("start")
+    if ranks.size == 1:  # at once; under torchrun all processes end with the same reason
+        check_paths(options)
+    import_packages()
+    # A rank may have to wait until each rank before it has timed each row.
+    ranks.connect(report, (options.timeout + options.duration) * (1 + ranks.size))
+    try:
         ranks.all_or_none("paths", lambda: ranks.rank or check_paths(options))
         read = options.baseline and not ranks.rank  # only rank 0 reads and writes logs
         baseline = ranks.all_or_none("baseline", lambda: Log.read(options.baseline) if read else None)
@@ -3627,16 +3660,11 @@ def main(argv: list[str] | None = None) -> int:
         context = ranks.all_or_none("modes", lambda: make_context(options, device, ranks, report))
         # If one process ends with an error, torchrun ends rank 0, which writes the log. Its result is that of all.
         status = ranks.gather("end", validate(context, report, baseline))[0]
-        if report.lost:
-            os._exit(status)  # torch_npu waits for the device when Python ends, and it may never answer
-        return status
-    except CannotRun as problem:
-        report.lock.acquire()  # this is the last message: torchrun ends rank 0 as soon as another rank has ended
-        return report.not_run(f"error: {problem}", 2)
     except RanksLost as lost:
         return report.close_without(lost.args[0])
-    finally:
-        report.caches.close()
+    if report.lost:
+        os._exit(status)  # torch_npu waits for the device when Python ends, and it may never answer
+    return status
 
 
 if __name__ == "__main__":

@@ -129,10 +129,15 @@ def test_a_device_that_does_not_start_ends_the_run_on_all(validate):
     assert done.text == OLD_LOG
 
 
-def test_a_device_that_cannot_run_the_model_is_named(validate):
-    done = validate(2, FAULT="LayerNorm:error=507015,device=1")
+@pytest.mark.parametrize(
+    ("operator", "problem"), [("Gelu", "stage 1 was not finished on it"), ("LayerNorm", "the model does not run on it")]
+)
+def test_a_device_that_cannot_run_the_model_is_named(validate, operator, problem):
+    """And the others do not wait for it in a later stage."""
+    done = validate(2, FAULT=f"{operator}:error=507015,device=1")
     assert done.status == 1
-    assert any(line.startswith("FAIL devices.1: the model does not run on it") for line in done.failures), done.stdout
+    named = [line for line in done.failures if line.startswith("FAIL devices.")]
+    assert named == [f"FAIL devices.1: {problem} next: run it by itself for its whole log"], done.stdout
 
 
 @pytest.mark.timing

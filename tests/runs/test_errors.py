@@ -59,6 +59,7 @@ def is_refused(done, message):
     [
         (["--device", "cuda"], "there is no cuda:0: 0 cuda device(s) visible to torch"),
         (["--device", "quantum"], "has no device of the kind 'quantum'"),
+        (["--device", "mps"], "mps cannot be validated: torch.mps has no mem_get_info, get_device_name, "),
         (["--device", "npu:x"], "'npu:x' is not a device; examples: npu, npu:1, cpu, cuda:0"),
         (["--model", "vit_smal_patch16_dinov3"], "near: vit_small_patch16_dinov3"),
         (["--weights", "nowhere.pth"], "nowhere.pth does not exist (--weights takes pretrained, random, a file or a folder)"),

@@ -586,10 +586,14 @@ def test_ranks_exchange_values_and_one_that_does_not_answer_is_lost(two_ranks):
 
 
 @pytest.mark.parametrize("broken", [0, 1])
-def test_what_one_rank_cannot_do_ends_all_with_its_reason(two_ranks, broken):
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [(v.CannotRun("no such model"), "no such model"), (MemoryError("of the host"), "MemoryError: of the host")],
+)
+def test_what_one_rank_cannot_do_ends_all_with_its_reason(two_ranks, broken, error, text):
     def task(rank):
         if rank == broken:
-            raise v.CannotRun("no such model")
+            raise error
         return "loaded"
 
     problems = [None, None]
@@ -605,7 +609,7 @@ def test_what_one_rank_cannot_do_ends_all_with_its_reason(two_ranks, broken):
         thread.start()
     for thread in threads:
         thread.join()
-    assert problems == [f"rank {broken}: no such model"] * 2
+    assert problems == [f"rank {broken}: {text}"] * 2
 
 
 def rank_result(rank, eager, found=(), alone=(), together=()):

@@ -1,8 +1,12 @@
 """The log: it can be read back, no line is too long or broken, and its failures are enough for a bug report."""
 
 import math
+import os
 import random
 import resource
+import subprocess
+import time
+from types import SimpleNamespace
 
 import pytest
 from conftest import Run
@@ -469,6 +473,40 @@ def test_bytes_of_a_file_name_that_are_no_utf_8_are_printed_escaped():
 def test_device_errors_are_explained_in_one_line(text, line):
     shown = v.explain(RuntimeError(text))
     assert line in shown and "\n" not in shown
+
+
+def test_what_is_printed_on_stderr_is_copied_although_a_child_keeps_it_open(monkeypatch, capfd):
+    """As the compilers do that CANN starts in the first pass: they live until the process ends."""
+    monkeypatch.setattr(v, "COPY_SECONDS", 0.5)
+    start = time.monotonic()
+    with v.stderr_copied(SimpleNamespace(type="npu")) as printed:
+        child = subprocess.Popen(["sleep", "60"])
+        os.write(2, b"error code is 507015\n")
+    assert time.monotonic() - start < 30
+    child.kill()
+    assert printed == ["error code is 507015\n"] and capfd.readouterr().err == printed[0]
+
+
+def test_an_error_of_the_script_is_no_result(monkeypatch, capsys):
+    """Exit status 1 would mean that a check failed."""
+    monkeypatch.setattr(v, "run", lambda *_: [][0])
+    assert v.main(["--device", "cpu"]) == 2
+    stdout, stderr = capsys.readouterr()
+    assert stdout == "RESULT: NOT RUN  (exit status 2; an earlier log is unchanged)\n"
+    assert "Traceback" in stderr
+    assert stderr.endswith("error: IndexError: list index out of range: a fault of this script, please report it\n")
+
+
+def test_a_log_that_cannot_be_written_after_a_rank_was_lost_is_no_result(monkeypatch, capsys, tmp_path):
+    def validate(*_):
+        (tmp_path / "folder").rmdir()
+        raise v.RanksLost([1])
+
+    (tmp_path / "folder").mkdir()
+    monkeypatch.setattr(v, "validate", validate)
+    monkeypatch.setattr(v, "end_on_signals", lambda *_: None)
+    status = v.main(["--device", "cpu", "--weights", "random", "--output", str(tmp_path / "folder" / "log.txt")])
+    assert status == 2 and "error: the log cannot be written to " in capsys.readouterr().err
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------
