@@ -12,20 +12,22 @@
 Method. The reference is the same model with the same weights and inputs on the CPU in float64, with the form of GELU
 that the device computes. Each output of the model is compared with it twice:
 
-    strict     Reduced-precision float32 (HF32 on Ascend, TF32 on CUDA) is disabled on the device. A CPU has none.
-    float32    Default settings, as users run the model.
+    strict     Reduced-precision float32 (HF32 on Ascend, TF32 on CUDA) is disabled on the device.
+    float32    Default settings, as users run the model. On a CPU, which has no such precision, the only one.
 
-e is the error of the CPU in float32. C is the expected cost: the change of the reference when the operands of all
-products of the documented kinds are rounded to the documented precision; it is 0 in strict mode. WARN above
-2 C + 64 e, FAIL above 4 C + 256 e, but not below 1e-2 as long as each single module passes. In half precision the
-limits are 3 and 6 times the error of the CPU in the same mode. All errors are relative L2 errors of the worst row (an
-image, or a token of an image), or of the worst element divided by 32, whichever is larger. A batch against single
-images, timed outputs, graphs and devices are compared in the same way and with the same limits. Each module also runs
-on the device by itself, on the inputs that it has on the CPU, so that an error is seen where it arises. As a negative
-control one weight of the device is scaled by 1.01; a run that does not detect it fails.
+e is the error of the CPU in float32. C, the expected cost, is the error that the documented precision causes: it is
+measured by rounding the operands of all products of the documented kinds on the CPU in float64. In strict mode C is 0.
+WARN above 2 C + 64 e, FAIL above 4 C + 256 e; while each single module passes, FAIL not below 1e-2. In half precision
+the limits are 3 and 6 times the error of the CPU in the same mode. All errors are relative L2 errors of the worst row
+(an image, or a token of an image), or of the worst element divided by 32, whichever is larger. A batch against single
+images, timed outputs and graphs are compared in the same way, with the limits of their mode. Repeated computations and
+devices that differ at all are a WARN. Each module also runs on the device by itself, on the inputs that it has on the
+CPU, so that an error is seen where it arises. As a negative control one weight of the device is scaled by 1.01; a run
+that does not detect it fails.
 
 NaN, Inf and overflow. compare() counts them on both sides. NaN and Inf equal nothing, so each of them on the device is
-a FAIL. If the reference has them as well (float16 overflows on the CPU, too), the output is "not judged": WARN.
+a FAIL. If half precision overflows on the CPU as well, the output is "not judged": WARN in stage 4, SKIP in stage 5. If
+the CPU gives NaN or Inf in float32, the run ends with exit status 2.
 
 Where things are, from top to bottom:
 
@@ -52,7 +54,7 @@ Exit status: 0 no check failed, 1 a check failed (--strict: or warned), 2 the ru
 
 from __future__ import annotations
 
-# Modules that take milliseconds to import, and that only a run needs, are imported where they are used.
+# Modules that are slow to import, or rarely needed, are imported in the functions that use them.
 import argparse
 import collections
 import contextlib
@@ -97,7 +99,7 @@ FACT, VARIES, HEADER = "", "~", "#"  # marks of lines that are not checks
 # --- Tolerances -------------------------------------------------------------------------------------------------------
 
 class Tolerance(NamedTuple):
-    """Limits on an error, a relative L2 error unless a comment names another: WARN above `warn`, FAIL above `fail`."""
+    """Limits on a relative L2 error (of GELU in stage 1: an absolute error). WARN above `warn`, FAIL above `fail`."""
 
     warn: float
     fail: float
@@ -116,7 +118,7 @@ class Tolerance(NamedTuple):
 # Unit roundoff that Huawei's operator precision standard allows one operator, by the precision of its operands. The
 # standard divides by elements. Here the norm of the row divides, because features cross zero.
 UNIT = {"float32": 2**-13, "HF32": 2**-11, "TF32": 2**-10, "float16": 2**-10}
-# All limits. Each is a multiple of the unit that the comment names.
+# All limits, each to be multiplied by the unit that its comment names.
 TOLERANCES = {
     # A large matmul or convolution of stage 1. Unit: UNIT[precision]. Source: the standard above; 8 units of TF32 are
     # below an error of 1 %.
@@ -129,15 +131,15 @@ TOLERANCES = {
     # The same with operands rounded to HF32, TF32 or float16. Source: single convolutions on an H200 reach 4e-4.
     "reduced module": Tolerance(2**-9, 2**-8),
     # Two outputs in float32: the sum of both. Units: e and C. Source: healthy devices reach 7.9 e (with each output
-    # perturbed by 1e-6, in 24 blocks: 41 e) and 1.25 C, the smallest fault that must fail 385 e (tests/README.md).
+    # perturbed by 1e-6, in 24 blocks: 41 e) and 1.5 C, the smallest fault that must fail 385 e (tests/README.md).
     "cpu error": Tolerance(64, 256),
     "expected cost": Tolerance(2, 4),
     # An output in half precision. Unit: the error of the CPU in the same mode. Source: torch._dynamo.utils.same allows
     # 3 times in half precision; healthy devices reach 1.04 times.
     "half": Tolerance(3, 6),
 }
-# Against the CPU nothing below this fails while no module fails: published figures of healthy NPUs reach 1.9e-2, and
-# not all of them are explained. Such an excess is a WARN.
+# While no module fails, an output fails only above this, and else warns: published figures of healthy NPUs reach
+# 1.9e-2, and not all of them are explained.
 UNEXPLAINED = 1e-2
 # One element may exceed the limit of its row by this factor: the largest of a million normally distributed errors is 5
 # times their RMS, real errors have heavier tails (17 to 21 on healthy devices).
@@ -172,7 +174,7 @@ class Mode:
     hf32: bool = False  # HF32 (TF32 on CUDA) in matrix products, too
     strict: bool = False  # no reduced-precision float32
     graph: bool = False  # captured as an NPU or CUDA graph, and replayed
-    compiled: str = ""  # the mode that torch.compile compiles, to other operators: it has outputs of its own
+    compiled: str = ""  # the name of the mode that torch.compile compiles. Its outputs are validated as well
 
     @property
     def in_half(self) -> bool:
@@ -205,9 +207,10 @@ BASE_MODES = [FLOAT32, Mode("hf32", "hf32", hf32=True)]
 BASE_MODES += [Mode(f"amp-{dtype}", f"amp-{dtype}", amp=dtype) for dtype in ("float16", "bfloat16")]
 BASE_MODES += [Mode(dtype, dtype, half=dtype) for dtype in ("float16", "bfloat16")]
 BASE_NAMES = ", ".join(mode.name for mode in BASE_MODES)
-MODES = {mode.name: mode for base in BASE_MODES for name in (base.name,) for mode in
-         (base, dataclasses.replace(base, name=f"{name}+graph", graph=True),
-          dataclasses.replace(base, name=f"{name}+compile", base=f"{name}+compile", compiled=name))}  # fmt: skip
+GRAPH_MODES = [dataclasses.replace(mode, name=f"{mode.name}+graph", graph=True) for mode in BASE_MODES]
+COMPILED_MODES = [dataclasses.replace(mode, name=f"{mode.name}+compile", base=f"{mode.name}+compile",
+                                      compiled=mode.name) for mode in BASE_MODES]  # fmt: skip
+MODES = {mode.name: mode for mode in BASE_MODES + GRAPH_MODES + COMPILED_MODES}
 
 # Operands of the products of stage 1, large enough for the kernels that models get. A convolution has padding 1.
 PROBES = {"matmul": ((1024, 1024), (1024, 1024)), "convolution": ((4, 64, 56, 56), (64, 64, 3, 3))}
@@ -253,7 +256,7 @@ class Context:
     unsupported: dict[Mode, str]  # requested modes that lack a compiler, with the reason
     meta_model: torch.nn.Module | None  # the model on the meta device, without memory; None if timm cannot build it
     compiler: str  # the backend of torch.compile, "" if it is not needed, or if none can be used
-    report_progress: Callable  # restarts the timeout, extended by the seconds that it gets; and what is done meanwhile
+    report_progress: Callable  # (seconds, what): restart the timeout, add `seconds`, and name `what` if it is over
 
     @property
     def batch_sizes(self) -> list[int]:
@@ -369,7 +372,7 @@ def judge_probe(probe: Probe, context: Context) -> Iterator[Entry]:
         tolerance = Tolerance(*(UNIT[context.documented[kind]] * factor for factor in TOLERANCES["operator"]))
         row = PRODUCTS, {"precision": precision and precision.name}
         yield comparison(f"device.{kind}", found, tolerance, advice, row=row)
-    yield PRODUCTS.legend("a large product against the CPU in the precision that was identified, else in float64")
+    yield PRODUCTS.legend("one large product against the CPU in the identified precision, or in float64")
     fewer = [kind for kind, (precision, _) in probe.products.items()
              if precision and precision.bits < DOCUMENTED.get(context.documented[kind], EXACT).bits]  # fmt: skip
     if fewer:
@@ -377,7 +380,7 @@ def judge_probe(probe: Probe, context: Context) -> Iterator[Entry]:
         advice = "find what sets it: allow_hf32, allow_tf32, torch.npu.matmul.cube_math_type"
         yield Entry(WARN, "device.fewer_bits", problem, advice=advice)
     error, tolerance = probe.gelu_error, TOLERANCES["gelu"]
-    text = f"max abs {error:.1e} from the {probe.gelu_form} form, limit {tolerance.warn:.1e}"
+    text = f"max abs error {error:.1e} against the {probe.gelu_form} form, limit {tolerance.warn:.1e}"
     advice = "precision.module.GELU shows what it costs"
     yield Entry(tolerance.mark(error), "device.gelu", text, advice=advice, numeric=True)
 
@@ -524,13 +527,13 @@ def check_outputs(model: torch.nn.Module, image: torch.Tensor) -> None:
         with torch.nn.modules.module.register_module_forward_hook(look):
             forward_outputs(model, image)
         problem = "the model gives NaN or Inf on the CPU, too, so that it cannot validate a device"
-        raise CannotRun(f"{problem}; it begins in {[*found, 'the model'][0]}")
+        raise CannotRun(f"{problem}; it begins in {found[0] if found else 'the model'}")
     if first.shape != main.shape or compare(first, main).max_row > UNEXPLAINED:
         raise CannotRun("model(x) is not forward_head(forward_features(x)), so that its outputs cannot be judged")
 
 
 def create_model(options: argparse.Namespace, **more) -> torch.nn.Module:
-    """timm.create_model for --img-size: it is passed if the model takes it, else the model takes any size."""
+    """timm.create_model, with img_size of --img-size for models that take it; others run at any size."""
     name = options.model.removeprefix("timm/")
     config = os.path.join(name.removeprefix("local-dir:"), "config.json")
     if name.startswith("local-dir:") and os.path.isfile(config):
@@ -601,8 +604,8 @@ def check_hub(name: str) -> Exception | None:
     repository, file = name.removeprefix("hf-hub:"), "config.json"
     if repository == name:
         with contextlib.suppress(RuntimeError):  # timm names the tag that it does not know
-            known = timm.get_pretrained_cfg(name.removeprefix("timm/"))
-            repository, file = known and known.hf_hub_id, known and known.hf_hub_filename or "model.safetensors"
+            if known := timm.get_pretrained_cfg(name.removeprefix("timm/")):
+                repository, file = known.hf_hub_id, known.hf_hub_filename or "model.safetensors"
     if constants.HF_HUB_OFFLINE or not repository or repository == name:
         return None
     repository, _, revision = repository.partition("@")
@@ -654,8 +657,8 @@ def load_weights_file(options: argparse.Namespace, model: torch.nn.Module, path:
         problem = f"the weights file {file} is of another model than --model: keys {'; '.join(listed)}"
         raise CannotRun(f"{problem}; {'; '.join(hints) or f'the file has {top}'}")
     if resampled := [key for key in original if key in state and original[key].numel() != state[key].numel()]:
-        shapes = " to ".join(shape_text(tensors[resampled[0]].shape) for tensors in (original, state))
-        text = f"{resampled[0]}{f' and {len(resampled) - 1} more' if resampled[1:] else ''} resampled from {shapes}"
+        key, more = resampled[0], f" and {len(resampled) - 1} more" if len(resampled) > 1 else ""
+        text = f"{key}{more} resampled from {shape_text(original[key].shape)} to {shape_text(state[key].shape)}"
         notes.append("; ".join([text, *matching_size(options, original, resampled)]))
     state = {key: tensor for key, tensor in state.items() if key in expected}
     name = os.path.relpath(file, os.path.dirname(os.path.abspath(path)))  # a folder, too, if it was given
@@ -723,8 +726,8 @@ def read_checkpoint(path: str) -> dict:
 def unwrap(checkpoint: dict, expected: dict) -> tuple[dict[str, torch.Tensor], list[str]]:
     """The tensors of the dictionary, and behind the prefix, under which most of the model's own keys are found.
 
-    Of equals EMA or a teacher is taken, else the first. If none has half of the keys, the dictionary with most tensors
-    is taken, without their common prefix: timm may convert its names. Also returns what was taken, for the log.
+    Of several with as many keys EMA or a teacher is taken, else the first. If none has half of the keys, the dictionary
+    with most tensors is taken, without their common prefix: timm may convert its names. Also returns notes for the log.
     """
     candidates = []
     for place, tensors in nested_tensors(checkpoint):
@@ -813,11 +816,14 @@ def draw_inputs(count: int, size: tuple[int, int, int], seed: int) -> torch.Tens
 
 def image_files(given: list[str]) -> list[str]:
     """The files that --image names: files, folders and patterns. Raises CannotRun if there is none."""
+
+    def images(pattern: str) -> list[str]:  # none that is hidden
+        return sorted(path for path in glob.glob(pattern) if path.lower().endswith(IMAGE_FILES))
+
     files = []
     for name in given:
         if os.path.isdir(name):
-            found, deeper = ([file for file in sorted(glob.glob(glob.escape(name) + depth))  # none that is hidden
-                              if file.lower().endswith(IMAGE_FILES)] for depth in ("/*", "/*/*"))  # fmt: skip
+            found, deeper = images(f"{glob.escape(name)}/*"), images(f"{glob.escape(name)}/*/*")
             advice = f": use --image '{name}/*/*{deeper[0][-4:]}' for those in its folders" if deeper else ""
             problem = f"the folder {name} has no images that can be read{advice}"
         else:
@@ -854,10 +860,10 @@ def first_images(given: list[str], config: dict) -> torch.Tensor | None:
     """The first FIRST_IMAGES. The others are read, too, so that one that cannot be read ends the run here."""
     if not given:
         return None
-    readable = load_images(given, config)
-    images = torch.stack([image for _, image in itertools.islice(readable, FIRST_IMAGES)])
-    collections.deque(readable, maxlen=0)
-    return images
+    first = []
+    for _, image in load_images(given, config):
+        first += [image] if len(first) < FIRST_IMAGES else []
+    return torch.stack(first)
 
 
 def sha256(tensors: dict[str, torch.Tensor]) -> str:
@@ -934,7 +940,7 @@ def main_output(outputs: dict[str, np.ndarray]) -> str:
 
 
 def count_flops(context: Context, shape: tuple[int, ...]) -> int | None:
-    """Floating point operations of one image; None if the model does not run on meta tensors, which count attention."""
+    """Floating point operations of one image, with attention; None if the model does not run on meta tensors."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with contextlib.suppress(Exception), torch.inference_mode(), FlopCounterMode(display=False) as counter:
@@ -971,8 +977,8 @@ class References(NamedTuple):
 
 def fp32_tolerance(error: float, cost: float) -> Tolerance:
     """C x "expected cost" + e x "cpu error" of TOLERANCES. e is at least the rounding of float32."""
-    factors = zip(TOLERANCES["expected cost"], TOLERANCES["cpu error"])
-    return Tolerance(*(of_cost * cost + of_error * max(error, 2**-24) for of_cost, of_error in factors))
+    of_cost, of_error, error = TOLERANCES["expected cost"], TOLERANCES["cpu error"], max(error, 2**-24)
+    return Tolerance(of_cost.warn * cost + of_error.warn * error, of_cost.fail * cost + of_error.fail * error)
 
 
 def make_references(
@@ -1067,7 +1073,8 @@ def outputs_stage(context: Context, loaded: Loaded) -> Stage[Outputs]:
     yield from OUTPUTS.header()
     for name, output in largest.items():
         yield judge_record(f"outputs.{name}", output, problems[name], found.get(name, []), references.tolerance(name))
-    yield OUTPUTS.legend(f"batches: {' '.join(batches)}; min to std: the largest. batch_err: against batch size 1")
+    legend = "min to std: the largest batch. batch_err: worst error of a batch against batch size 1"
+    yield OUTPUTS.legend(f"batch sizes {' '.join(batches)}. {legend}")
     yield judge_determinism(repeats, references.tolerance(), nondeterministic)
     return Outputs(loaded, largest.get(references.main, loaded.first[references.main]))
 
@@ -1151,7 +1158,7 @@ class Strict(NamedTuple):
 
     reason: str = ""  # why it cannot
     rounding: dict[str, Fp32Precision] = {}  # what the CPU rounds operands of modules to in that case
-    again: dict[str, dict[str, bool]] = {}  # mode -> switches, by kind: modules with products of these kinds run again
+    again: dict[str, dict[str, bool]] = {}  # mode -> switch by kind: with these, modules with such products run again
 
     @property
     def tolerance(self) -> Tolerance:
@@ -1199,8 +1206,8 @@ def precision_stage(context: Context, loaded: Loaded) -> Stage[Precision]:
 def run_modes(context: Context, loaded: Loaded) -> dict[Mode, dict[str, np.ndarray] | str | CannotCapture]:
     """The outputs of the device in each base mode, by name, of a compiled mode only model(x); or why there are none."""
     device, inputs, results = context.device, loaded.references.inputs, {}
-    modes = dict.fromkeys(MODES[mode.base] for mode in context.modes)
-    for mode in [STRICT, *modes] if reduced_names(context.documented) not in ("", "float16") else modes:
+    strict = [STRICT] if reduced_names(context.documented) in ("HF32", "TF32") else []
+    for mode in dict.fromkeys([*strict, *(MODES[mode.base] for mode in context.modes)]):
         try:
             batch = inputs.to(device, mode.dtype)
             with in_mode(loaded, mode) as model, mode.active(device):
@@ -1224,16 +1231,17 @@ def judge_strictness(context: Context, loaded: Loaded, results: dict) -> Strict:
     switches, reduced = reduced_fp32_switches(device), reduced_names(context.documented)
     if reduced == "float16":
         return Strict(f"{device} has no float32 products", loaded.probe.rounding(context.documented))
-    again = {mode.name: dict.fromkeys(switches, True) for mode in context.modes if mode == MODES["hf32"]}
+    again = {"hf32": dict.fromkeys(switches, True)} if MODES["hf32"] in context.modes else {}
     if not reduced:
         return Strict(again=again)
     strict = results[STRICT]
     if isinstance(strict, str):
         return Strict(f"{reduced} cannot be disabled: {strict}")
     if same_bits(strict, results[FLOAT32]):
-        errors = {name: compare(output, references.expected[name]).max_row for name, output in strict.items()}
-        within = all(error <= references.tolerance(name).warn for name, error in errors.items())
-        if within and any(error > references.tolerance(name, 0.0).warn for name, error in errors.items()):
+        errors = worst_rows(strict, references.expected)
+        as_reduced = all(error <= references.tolerance(name).warn for name, error in errors.items())
+        as_float32 = all(error <= references.tolerance(name, 0.0).warn for name, error in errors.items())
+        if as_reduced and not as_float32:
             return Strict(f"the settings change nothing: float32 is computed in {reduced} with each of them")
     return Strict(again={"float32": {kind: getattr(*switch) for kind, switch in switches.items()}} | again)
 
@@ -1259,7 +1267,7 @@ def judge_mode(context: Context, loaded: Loaded, mode: Mode, outputs, least_fail
     apart = lambda form: compare(outputs[main], form[main]).max_row  # noqa: E731
     expanded = mode.compiled and apart(references.exact) < apart(references.expected)
     used = references._replace(expected=references.exact) if expanded else references
-    # In float32 also those of the first forward pass, at batch size 1: no batch of stage 3 is a reference for them.
+    # The first forward pass, at batch size 1, is compared, too: stage 3 compares it with the device only.
     parts = [outputs, loaded.first] if mode == FLOAT32 else [outputs]
     entries = [judge_output(used, least_fail, name, mode, [part[name] for part in parts if name in part], units[name])
                for name in outputs]  # fmt: skip
@@ -1363,8 +1371,8 @@ def published_figures(references: References, device: dict[str, np.ndarray]) -> 
     for name, output in device.items():
         on_cpu = references.float32[name]
         found = [compare(output[i : i + 1], on_cpu[i : i + 1]) for i in range(len(output))]
-        figures = (max(getattr(each, figure) for each in found) for figure in ("max_abs", "mean_abs", "rel_l2", "nmae"))
-        yield PUBLISHED.entry(FACT, f"precision.published.{name}", *figures, min(each.cosine for each in found))
+        worst = [max(getattr(each, figure) for each in found) for figure in ("max_abs", "mean_abs", "rel_l2", "nmae")]
+        yield PUBLISHED.entry(FACT, f"precision.published.{name}", *worst, min(each.cosine for each in found))
     yield PUBLISHED.legend("the worst image, against CPU float32, without a limit. nmae: mean |d| / mean |cpu|")
 
 
@@ -1569,7 +1577,7 @@ class Probe:
     """The rounding of large products in float32, which need not be that of each layer, and the form of GELU."""
 
     products: dict[str, tuple[Fp32Precision | None, Difference]]  # see identify(), by kind: a key of PROBES
-    gelu: dict[str, str]  # the form that is computed by the form that is requested: CANN computes tanh for both
+    gelu: dict[str, str]  # requested form -> computed form: CANN computes tanh for both
     gelu_error: float  # largest absolute difference from that form; NaN if the device gives NaN
 
     def rounding(self, documented: dict[str, str]) -> dict[str, Fp32Precision]:
@@ -1628,7 +1636,7 @@ def identify(function: Callable, operands: list, device: torch.device) -> tuple[
         if precision == EXACT:
             exact = found
         if found.rel_l2 < IDENTIFIED:
-            if precision[:2] == FLOAT16[:2]:  # same mantissa as TF32, but the largest finite value is 65504
+            if (precision.bits, precision.rounding) == (10, "half even"):  # as float16, which ends at 65504
                 large = to_host(function(on_device[0] * 2.0**17, *on_device[1:])).reshape(1, -1) / 2.0**17
                 precision = precision if compare(large, actual).rel_l2 < 0.01 else FLOAT16
             return precision, found
@@ -1828,7 +1836,8 @@ def time_size(context: Context, outputs: Outputs, mode: Mode, size: int, eager=N
             steady = warm_up(lambda: run_batch()[1], options.warmup, least, most)
         bar.total = bar.n + (round(1000 * seconds / call_ms) if seconds else options.iters)
         end = time.perf_counter() + (seconds or TIMED_SECONDS[kind])
-        while time.perf_counter() <= end and (seconds or len(total_ms) < options.iters) or not total_ms:
+        most_batches = math.inf if seconds else options.iters
+        while not total_ms or time.perf_counter() <= end and len(total_ms) < most_batches:
             launch, total, output = run_batch()
             launch_ms.append(launch)
             total_ms.append(total)
@@ -1889,7 +1898,7 @@ def forward_pass(context: Context, mode: Mode, model: torch.nn.Module, inputs: t
     """Inside, a function runs the model, which is in this mode, on inputs of this shape. Raises CannotCapture."""
     program = model
 
-    def forward(inputs):  # the context is entered for each call, as a program does
+    def forward(inputs):  # enters the mode in each call, as programs do
         with mode.active(context.device):
             return program(inputs)
 
@@ -1899,7 +1908,7 @@ def forward_pass(context: Context, mode: Mode, model: torch.nn.Module, inputs: t
             stack.enter_context(constant_rope(model))
             forbid_internal_formats(context.device, stack)
         if mode.compiled:
-            stack.callback(torch.compiler.reset)  # frees memory, and else each call checks the guards of all shapes
+            stack.callback(torch.compiler.reset)  # else each call checks the guards of all earlier shapes
             program = compiled(context, mode, model, inputs)
         yield captured(forward, inputs, context.device) if mode.graph else forward
 
@@ -2021,9 +2030,9 @@ def explain_throughput(timings: list[Timing], device: torch.device) -> Iterator[
         advice = "larger batches are nearly free; +graph, +compile or a faster CPU helps, half precision does not"
         yield Entry(VARIES, "throughput.host_bound", f"{bound}: the device waits for the host; {advice}")
     if doubtful := rows(lambda timing: not timing.figures["iqr"] <= MAX_IQR):
-        reason = f"iqr over {MAX_IQR:.0%} or under {FEWEST_BATCHES} batches"
-        reason += "; is the host or the device shared? bind to cores (CPU_AFFINITY_CONF), raise --iters"
-        yield Entry(VARIES, "throughput.doubtful", f"{doubtful}: {reason}")
+        reason = f"iqr over {MAX_IQR:.0%}, or fewer than {FEWEST_BATCHES} batches: not reliable"
+        advice = "use an idle host and device, bind to cores (CPU_AFFINITY_CONF), raise --iters"
+        yield Entry(VARIES, "throughput.doubtful", f"{doubtful}: {reason}; {advice}")
     eager = {timing.name: timing for timing in timings if timing.total_ms}
     for group in by_mode(timings):
         pairs = zip(group, group[1:])
@@ -2038,7 +2047,8 @@ def explain_throughput(timings: list[Timing], device: torch.device) -> Iterator[
                     texts[i] += f" (paid for after {timing.first_ms / gain:.2g} images)" if gain > 0 else " (no faster)"
             yield Entry(VARIES, f"throughput.compile.{group[0].mode.name}", f"with the first calls: {', '.join(texts)}")
     if unsteady := rows(lambda timing: not timing.steady):
-        yield Entry(VARIES, "throughput.not_steady", f"{unsteady}: the latency was not stable to {STEADY:.0%}")
+        text = f"{unsteady}: the warm-up ended before the latency was stable to {STEADY:.0%}"
+        yield Entry(VARIES, "throughput.not_steady", text)
 
 
 def fastest_modes(context: Context, flops: int | None, groups: list, errors: dict[str, float]) -> Iterator[Entry]:
@@ -2140,7 +2150,7 @@ def compare(actual: np.ndarray, reference: np.ndarray) -> Difference:
     |a - r| / max(|r|, the same norm / sqrt(row length)). NaN and Inf on either side make the errors infinite.
     """
     if actual.shape != reference.shape:
-        raise ValueError(f"shapes differ: {actual.shape} on the device, {reference.shape} on the CPU")
+        raise ValueError(f"shapes differ: {actual.shape}, reference {reference.shape}")
     shape, row_axes, tiny = actual.shape, 2 if actual.ndim == 3 else 1, np.finfo(np.float64).tiny
     position = lambda flat, shape: tuple(map(int, np.unravel_index(flat, shape)))  # noqa: E731
     a, r = (np.asarray(x, np.float64).reshape(math.prod(shape[:row_axes]), -1) for x in (actual, reference))
@@ -2173,7 +2183,7 @@ def compare(actual: np.ndarray, reference: np.ndarray) -> Difference:
 
 
 def comparison(id: str, found: Difference, tolerance: Tolerance, advice="", what="", row: tuple = ()) -> Entry:
-    """A check that two arrays are equal: a sentence, or with `row` a row of a table. The details are for a bug report.
+    """A check that two arrays are close: a sentence, or with `row` a row of a table. The details are for a bug report.
 
     what: which arrays were compared. row: the table, and its other cells by column.
     """
@@ -2217,7 +2227,7 @@ def shape_text(shape: tuple) -> str:
 # --- Comparing two logs -----------------------------------------------------------------------------------------------
 
 LINE = re.compile(r"(PASS|SKIP|WARN|FAIL|~   |#   |    ) ([a-z]+\.\S+|id)(?: +(.*))?")
-ERROR_COLUMNS = ("err_fp64", "max_row", "max_elem", "batch_err")  # that may not grow
+ERROR_COLUMNS = ("err_fp64", "max_row", "max_elem", "batch_err")  # in which a larger figure is worse
 SPEED_COLUMNS = ("images/s", "p50", "p90", "iqr")
 TOGETHER = "devices.together."  # rows that are not compared: how far the devices overlap in time varies
 EXPERIMENT = ("run.command", "device.name", "model.weights_sha256", "model.inputs_sha256")  # facts that identify it
@@ -2234,7 +2244,7 @@ class Log:
     def __init__(self, name: str, lines: list[str]) -> None:
         self.name, self.title, self.result = name, lines[0], lines[-1]
         self.marks: dict[str, str] = {}  # id -> outcome of the check
-        self.texts: dict[str, str] = {}  # id -> what stands behind it
+        self.texts: dict[str, str] = {}  # id -> the text after the id
         self.rows: dict[str, dict[str, str]] = {}  # id -> cells by column
         columns, last = [], ""
         for line in lines[1:]:
@@ -2292,14 +2302,14 @@ def compare_logs(old: Log, new: Log, options: argparse.Namespace) -> Stage[None]
     slower, unsure = ([f"{id}: {cells[0]:.2f} -> {cells[1]:.2f} images/s" for id, (cells, mark) in speeds.items()
                        if mark == outcome] for outcome in (FAIL, WARN))  # fmt: skip
     advice = "see what changed between the runs: versions and settings of stage 1, other work on the host or the device"
-    advice = "the two experiments differ: what is worse may be due to that" if changed else advice
+    advice = "the experiments differ (comparison.experiment), which may be the cause" if changed else advice
     for name, text, outcome, found in (
         ("experiment", "same command, device, weights and inputs", WARN, changed),
         ("checks", "no check and no batch size is missing", WARN if changed else FAIL, missing),
         ("outcomes", "no outcome is worse", FAIL, worse),
         ("errors", f"no error grew by more than {ERROR_GROWTH:.0%}", FAIL, list(grown_errors(old, new))),
         ("speed", f"throughput fell nowhere by more than {options.max_slowdown:g}% and half the spreads",
-         FAIL if slower else WARN, slower or unsure and ["not judged, large spreads or few batches", *unsure]),
+         FAIL if slower else WARN, slower or unsure and ["not judged: large spreads or few batches", *unsure]),
     ):  # fmt: skip
         text = "; ".join(dict.fromkeys(found)) or text
         yield Entry(outcome if found else PASS, f"comparison.{name}", text, advice=advice)
@@ -3189,7 +3199,7 @@ class Entry(NamedTuple):
     problem: str = ""  # what is wrong, for the list at the end; "" if it is the text
     details: tuple[str, ...] = ()  # more lines for that list
     advice: str = ""  # the next step
-    numeric: bool = False  # one incorrect value makes many of these fail: only the first has a block of its own
+    numeric: bool = False  # one incorrect value makes many of these fail, so only the first is listed in full
     unjudged: bool = False  # the outcome is no claim about the device
     width: int = 20  # columns of the id
 
@@ -3253,8 +3263,11 @@ THROUGHPUT = Table(34, "images/s:>9.2f", "p50:>7.5g", "p90:>7.5g", "p95:>7.5g", 
 LATENCY = Table(34, "min:>6.4g", "mean:>6.4g", "max:>6.4g", "launch:>6.4g", "bound:>6", "first_call:>10.0f",
                 "peak:>5.0f", "batches:>7", units=("ms", "ms", "ms", "ms", "", "ms", "MiB", ""))  # fmt: skip
 BAR_WIDTH = 12
-LIMITS_TEXT = ("err_fp64: against CPU float64. expected: C. cpu_err: e. max_elem: worst element / 32. WARN above"
-               " 2 C + 64 e (half precision: 3 e), FAIL above 4 C + 256 e (6 e)")  # fmt: skip
+OF_COST, OF_ERROR, OF_HALF = (TOLERANCES[name] for name in ("expected cost", "cpu error", "half"))
+LIMITS_TEXT = (f"max_row: worst row against CPU float64 with the device's GELU (err_fp64: exact GELU). max_elem: worst"
+               f" element / {ELEMENT_FACTOR}. C: expected, e: cpu_err. WARN above {OF_COST.warn} C + {OF_ERROR.warn} e"
+               f" (half precision: {OF_HALF.warn} e), FAIL above {OF_COST.fail} C + {OF_ERROR.fail} e ({OF_HALF.fail} e),"
+               f" not below {UNEXPLAINED:.0e} while all modules pass")  # fmt: skip
 PUBLISHED = Table(34, "max_abs:>8.1e", "mean_abs:>8.1e", "rel_l2:>8.1e", "nmae:>8.1e", "cosine:>10.7f")
 PROBABILITIES = Table(34, "max_abs:>8.1e", "top1:>5", "inputs:>6")
 CPU_LATENCY = Table(22, "p50_ms:>8.5g", "batch:>5", "threads:>7")
@@ -3385,7 +3398,7 @@ class Report:
         elif checked and cause.id.startswith("outputs.") and (not apart or cause.id == "outputs.determinism"):
             yield "next: stage 4 found no cause, the error did not come back: it is transient; run with --duration 600"
         elif checked and apart and not cause.id.startswith("device."):
-            yield "next: look at operators outside modules (no module is out of tolerance), or the model amplifies errors"
+            yield "next: no module is out of tolerance: an operator outside modules is, or the model amplifies errors"
         elif cause.advice:
             yield f"next: {cause.advice}"
 
@@ -3522,7 +3535,8 @@ def make_parser() -> argparse.ArgumentParser:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.error = usage_error
     parser.add_argument("--version", action="version", version=f"validate_npu.py {VERSION}")
-    what, how, result = (parser.add_argument_group(name).add_argument for name in ("what", "how", "result"))
+    what, how, result = (parser.add_argument_group(name).add_argument
+                         for name in ("model and inputs", "measurement", "output"))  # fmt: skip
     default = "(default: %(default)s)"
     what("--model", default=DEFAULT_MODEL, metavar="NAME", help=f"timm model {default}")
     what("--device", default="npu", help="npu[:i], cpu (a dry run), cuda[:i], ... (default: npu:0)")
@@ -3535,11 +3549,11 @@ def make_parser() -> argparse.ArgumentParser:
     how("--batch-sizes", default=sizes, nargs="+", metavar="N", help=f"to time, or auto (default: {' '.join(sizes)})")
     modes = f"to validate and time beside float32: {BASE_NAMES} (amp-: autocast), each also with +graph, +compile"
     how("--modes", default=[], nargs="+", metavar="MODE", help=modes)
-    how("--compile-backend", default="", metavar="NAME", help="of torch.compile, for +compile (what is installed)")
+    how("--compile-backend", default="", metavar="NAME", help="for +compile (default: the first that is installed)")
     how("--warmup", default=10, type=int, metavar="N", help=f"minimum number of warm-up batches, 0: none {default}")
     how("--iters", default=100, type=int, metavar="N", help=f"number of timed batches of each size {default}")
     how("--duration", default=0, type=int, metavar="SECONDS", help="afterwards run the fastest mode for this time")
-    how("--max-error", default=1e-2, type=float, metavar="X", help=f"largest error of the fastest mode {default}")
+    how("--max-error", default=1e-2, type=float, metavar="X", help=f"largest error of a fastest mode {default}")
     how("--timeout", default=1800, type=int, metavar="SECONDS", help=f"limit for a stage, or for a timed row {default}")
     result("--output", default="validation_output.txt", metavar="FILE", help=f"the log {default}")
     result("--strict", action="store_true", help="a WARN also ends with exit status 1")

@@ -119,7 +119,7 @@ def test_a_large_product_is_as_accurate_as_documented(documented, precision, err
 def test_a_gelu_of_neither_form_warns_and_one_that_is_not_finite_fails(error, outcome):
     *_, gelu = v.judge_probe(probe_of(gelu_error=error), new_context())
     assert (gelu.id, gelu.mark) == ("device.gelu", outcome)
-    assert gelu.text == f"max abs {error:.1e} from the tanh form, limit 1.0e-04"
+    assert gelu.text == f"max abs error {error:.1e} against the tanh form, limit 1.0e-04"
 
 
 def test_a_system_that_does_not_report_which_cores_are_allowed_runs_too(monkeypatch):

@@ -376,7 +376,7 @@ def test_an_error_outside_the_modules_says_where_to_look(report):
     loaded = first_pass_again(loaded)
     _, (block,) = after_stages_3_and_4(report, context, loaded)
     assert block.endswith(
-        "next: look at operators outside modules (no module is out of tolerance), or the model amplifies errors"
+        "next: no module is out of tolerance: an operator outside modules is, or the model amplifies errors"
     )
 
 
