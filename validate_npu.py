@@ -1263,9 +1263,10 @@ def judge_mode(context: Context, loaded: Loaded, mode: Mode, outputs, least_fail
             raise
         yield PRECISION.note(SKIP, f"precision.{mode.name}", f"no reference, the CPU fails: {first_line(error)}")
         return None, None
-    # A compiler may expand GELU in the form that the model requests, although its operator computes another.
-    apart = lambda form: compare(outputs[main], form[main]).max_row  # noqa: E731
-    expanded = mode.compiled and apart(references.exact) < apart(references.expected)
+    expanded = False
+    if mode.compiled:  # it may expand GELU in the form that the model requests, although its operator computes another
+        exact, expected = (compare(outputs[main], part[main]) for part in (references.exact, references.expected))
+        expanded = exact.max_row < expected.max_row
     used = references._replace(expected=references.exact) if expanded else references
     # The first forward pass, at batch size 1, is compared, too: stage 3 compares it with the device only.
     parts = [outputs, loaded.first] if mode == FLOAT32 else [outputs]
@@ -1299,8 +1300,8 @@ def mode_units(context: Context, loaded: Loaded, mode: Mode) -> dict[str, Unit]:
 
 def judge_output(references: References, least_fail: float, name: str, mode: Mode, outputs: list, unit: Unit) -> Entry:
     """A row of the table of stage 4. outputs: for all inputs of the references, and for the first at batch size 1."""
-    found, worst = max(((compare(output, references.expected[name][: len(output)]), output) for output in outputs),
-                       key=lambda pair: pair[0].error)  # fmt: skip
+    compared = [(compare(output, references.expected[name][: len(output)]), output) for output in outputs]
+    found, worst = max(compared, key=lambda pair: pair[0].error)
     error, exact = references.errors[name], references.exact[name][: len(worst)]
     tolerance = unit.tolerance._replace(fail=max(unit.tolerance.fail, least_fail))
     cells = {"err_fp64": compare(worst, exact).max_row, "expected": unit.cost, "cpu_err": unit.cpu_error}
@@ -2299,8 +2300,8 @@ def compare_logs(old: Log, new: Log, options: argparse.Namespace) -> Stage[None]
     yield from SPEED.header()
     yield from (SPEED.entry(VARIES, f"comparison.{id}", *cells) for id, (cells, _) in speeds.items())
     yield SPEED.legend("allowed: --max-slowdown + half the sum of both iqr")
-    slower, unsure = ([f"{id}: {cells[0]:.2f} -> {cells[1]:.2f} images/s" for id, (cells, mark) in speeds.items()
-                       if mark == outcome] for outcome in (FAIL, WARN))  # fmt: skip
+    rates = {id: f"{id}: {cells[0]:.2f} -> {cells[1]:.2f} images/s" for id, (cells, _) in speeds.items()}
+    slower, unsure = ([rates[id] for id in rates if speeds[id][1] == mark] for mark in (FAIL, WARN))
     advice = "see what changed between the runs: versions and settings of stage 1, other work on the host or the device"
     advice = "the experiments differ (comparison.experiment), which may be the cause" if changed else advice
     for name, text, outcome, found in (
@@ -2645,7 +2646,8 @@ def devices_stage(
     largest = max((timing.batch for timing in timings if timing.total_ms), default=1)
     ranks.gather("ready")
     try:
-        busy += time_all(context, outputs, [largest]) if outputs and not report.lost else ()
+        for timing in time_all(context, outputs, [largest]) if outputs and not report.lost else ():
+            busy.append(timing)
     except Exception as error:  # the other ranks wait for the figures of this one
         yield Entry(FAIL, "devices.together", explain(error), advice=device_log(context.device))
     yield from (timing_entry(timing, context) for timing in busy if timing.problem == OUT_OF_MEMORY)
@@ -2881,8 +2883,9 @@ def find_npu() -> None:
             raise RuntimeError("Two accelerators")
         import torch_npu  # noqa: F401
     except Exception as error:  # its check of CANN's environment raises a plain one, a broken file a SyntaxError
-        found = ((re.search(pattern, str(error)), cause) for pattern, cause in IMPORT_ERRORS.items())
-        match, cause = next((match, cause) for match, cause in found if match)
+        for pattern, cause in IMPORT_ERRORS.items():  # the last one matches any error
+            if match := re.search(pattern, str(error)):
+                break
         more = {"error": describe(error), "install": install_command(), "env": SET_ENV}
         cause = cause.format(match, version=version, npu=npu, **more)
         raise CannotRun(cause + DRY_RUN) from error
@@ -3018,20 +3021,22 @@ def find_compiler(device: torch.device, backend: str) -> tuple[str, str]:
 
 def compiler_lack(device: torch.device, backend: str) -> str:
     """What this backend of torch.compile lacks, and how to get it; "" if nothing is known to be missing."""
-    on_npu, inductor = device.type == "npu", backend == "inductor"
-    kind = os.environ.get("TORCHINDUCTOR_NPU_BACKEND", "default").replace("default", "triton") if inductor else backend
-    folder = on_npu and os.path.join(os.path.dirname(sys.modules["torch_npu"].__file__), COMPILER_FOLDERS.get(kind, ""))
-    lacks = {
-        f"torch_npu compiles for Atlas A2, A3 and 350, not for {chip_name(device)}":
-            on_npu and not chip_name(device).startswith(("Ascend910B", "Ascend910_93", "Ascend950")),
-        f"this torch_npu has no {kind}: {install_command()}": on_npu and not os.path.isdir(folder),
-        "it captures no graph with TASK_QUEUE_ENABLE=2: export TASK_QUEUE_ENABLE=1":
-            backend in NPU_GRAPHS and os.environ.get("TASK_QUEUE_ENABLE") == "2",
-        "no C++ compiler: apt install g++, or set CXX": inductor and not shutil.which(os.environ.get("CXX", "g++")),
-        "no triton for Ascend: pip install triton-ascend, after torch; or export TORCHINDUCTOR_NPU_BACKEND=dvm":
-            on_npu and kind == "triton" and not (find_spec("triton") and find_spec("triton.backends.ascend")),
-    }  # fmt: skip
-    return next((text for text, is_so in lacks.items() if is_so), "")
+    kind = backend
+    if backend == "inductor":
+        kind = os.environ.get("TORCHINDUCTOR_NPU_BACKEND", "default").replace("default", "triton")
+    if device.type == "npu":
+        folder = os.path.join(os.path.dirname(sys.modules["torch_npu"].__file__), COMPILER_FOLDERS.get(kind, ""))
+        if not chip_name(device).startswith(("Ascend910B", "Ascend910_93", "Ascend950")):
+            return f"torch_npu compiles for Atlas A2, A3 and 350, not for {chip_name(device)}"
+        if not os.path.isdir(folder):
+            return f"this torch_npu has no {kind}: {install_command()}"
+        if backend in NPU_GRAPHS and os.environ.get("TASK_QUEUE_ENABLE") == "2":
+            return "it captures no graph with TASK_QUEUE_ENABLE=2: export TASK_QUEUE_ENABLE=1"
+        if kind == "triton" and not (find_spec("triton") and find_spec("triton.backends.ascend")):
+            return "no triton for Ascend: pip install triton-ascend, after torch; or export TORCHINDUCTOR_NPU_BACKEND=dvm"
+    if backend == "inductor" and not shutil.which(os.environ.get("CXX", "g++")):
+        return "no C++ compiler: apt install g++, or set CXX"
+    return ""
 
 
 def forbid_internal_formats(device: torch.device, stack: contextlib.ExitStack) -> None:
@@ -3530,7 +3535,7 @@ def make_parser() -> argparse.ArgumentParser:
     def usage_error(message: str) -> None:
         raise CannotRun(message)
 
-    (examples, _, _), (_, _, statuses) = __doc__.partition("\n\nMethod."), __doc__.rpartition("\n\n")
+    examples, statuses = __doc__.partition("\n\nMethod.")[0], __doc__.rpartition("\n\n")[2]
     parser = argparse.ArgumentParser(usage="%(prog)s [options]", description=examples, epilog=statuses,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.error = usage_error
