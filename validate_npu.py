@@ -3032,10 +3032,10 @@ def compiler_lack(device: torch.device, backend: str) -> str:
             return f"this torch_npu has no {kind}: {install_command()}"
         if backend in NPU_GRAPHS and os.environ.get("TASK_QUEUE_ENABLE") == "2":
             return "it captures no graph with TASK_QUEUE_ENABLE=2: export TASK_QUEUE_ENABLE=1"
-        if kind == "triton" and not (find_spec("triton") and find_spec("triton.backends.ascend")):
-            return "no triton for Ascend: pip install triton-ascend, after torch; or export TORCHINDUCTOR_NPU_BACKEND=dvm"
     if backend == "inductor" and not shutil.which(os.environ.get("CXX", "g++")):
         return "no C++ compiler: apt install g++, or set CXX"
+    if device.type == "npu" and kind == "triton" and not (find_spec("triton") and find_spec("triton.backends.ascend")):
+        return "no triton for Ascend: pip install triton-ascend, after torch; or export TORCHINDUCTOR_NPU_BACKEND=dvm"
     return ""
 
 
