@@ -22,7 +22,7 @@ the limits are 3 and 6 times the error of the CPU in the same mode. All errors a
 (an image, or a token of an image), or of the worst element divided by 32, whichever is larger. A batch against single
 images, timed outputs and graphs are compared in the same way, with the limits of their mode. Repeated computations and
 devices that differ at all are a WARN. Each module also runs on the device by itself, on the inputs that it has on the
-CPU, so that an error is seen where it arises. As a negative control one weight of the device is scaled by 1.01; a run
+CPU, so that an error is seen where it arises. As a negative control one layer of the device is scaled by 1.01; a run
 that does not detect it fails.
 
 NaN, Inf and overflow. compare() counts them on both sides. NaN and Inf equal nothing, so each of them on the device is
@@ -154,7 +154,7 @@ IDENTIFIED = 2**-16
 # The device may predict another class, or nearest neighbour, if the margin on the CPU is below this many times the
 # error that the documented precision causes: two values enter a margin, and other images may have four times the error.
 PREDICTION_FACTOR = 8
-CONTROL_SCALE = 1.01  # the negative control: one weight is scaled by this
+CONTROL_SCALE = 1.01  # the negative control: the parameters of one layer are scaled by this
 # Outputs of two images that are closer than this are the same output. Rounding moves them by 1e-7 to 1e-6. A CNN with
 # random weights, which averages over the image, may set them only 2e-3 apart (lcnet_050).
 DISTINCT_REL_L2 = 1e-5
@@ -528,7 +528,7 @@ def check_outputs(model: torch.nn.Module, image: torch.Tensor) -> None:
             forward_outputs(model, image)
         problem = "the model gives NaN or Inf on the CPU, too, so that it cannot validate a device"
         raise CannotRun(f"{problem}; it begins in {found[0] if found else 'the model'}")
-    if first.shape != main.shape or compare(first, main).max_row > UNEXPLAINED:
+    if first.shape != main.shape or compare(first, main).max_row > DISTINCT_REL_L2:
         raise CannotRun("model(x) is not forward_head(forward_features(x)), so that its outputs cannot be judged")
 
 
@@ -1034,8 +1034,8 @@ class Outputs(NamedTuple):
     eager: np.ndarray  # model(inputs) on the device in float32, for the largest batch size that fits
 
     def rows(self, size: int) -> np.ndarray:
-        """The indices of the inputs, and of `eager`, that make a batch of this size."""
-        return np.arange(size) % len(self.eager)
+        """The indices of the inputs that make a batch. Repetitions are shifted: no row equals that of another tile."""
+        return (np.arange(size) + np.arange(size) // len(self.eager)) % len(self.eager)
 
 
 def outputs_stage(context: Context, loaded: Loaded) -> Stage[Outputs]:
@@ -1502,19 +1502,20 @@ def compare_modules(
 
 
 def negative_control(context: Context, loaded: Loaded, strict: Strict, modules: list[Module]) -> Entry:
-    """The comparison of modules must detect a weight on the device that is scaled by CONTROL_SCALE, and restored."""
+    """The comparison of modules must detect one layer on the device that is scaled by CONTROL_SCALE, and restored."""
     plain = (torch.nn.Linear, torch.nn.Conv2d)  # a subclass may normalise its weight
     name = next((m.name for m in modules if type(loaded.cpu.get_submodule(m.name)) in plain), None)
     if name is None:
         return Entry(SKIP, "precision.control", "the model calls no plain linear or convolution to alter")
-    weight = loaded.device.get_submodule(name).weight.data
-    saved = weight.clone()
+    module = loaded.device.get_submodule(name)
+    saved = copy.deepcopy(module.state_dict())
     try:
-        weight.mul_(CONTROL_SCALE)
+        for parameter in module.parameters():
+            parameter.data.mul_(CONTROL_SCALE)
         control = compare_modules(context, loaded, strict._replace(again={}), name, images=1)[0]
     finally:
-        weight.copy_(saved)
-    text = f"{name}.weight scaled by {CONTROL_SCALE}: an error of {control.found.error:.1e}"
+        module.load_state_dict(saved)
+    text = f"{name} scaled by {CONTROL_SCALE}: an error of {control.found.error:.1e}"
     if control.mark == PASS:
         advice = "do not trust this validation: its comparison of modules cannot detect an error of 1 %"
         return Entry(FAIL, "precision.control", f"{text} is not detected", advice=advice)
@@ -2272,11 +2273,16 @@ class Log:
         except OSError as error:
             raise CannotRun(f"the log {path} cannot be read: {error.strerror}") from error
         version = re.match(r"validate_npu ?([\d.]*): ", lines[0]) if lines else None
-        if not version or not lines[-1].startswith("RESULT: "):
+        if not version or not re.match("RESULT: (PASS|FAIL)", lines[-1]):
             raise CannotRun(f"{path} is not a complete log of validate_npu.py: its first or its last line is missing")
         if version[1] != VERSION:
             problem = f"{path} is a log of version {version[1] or '1'}, this script is version {VERSION}"
             raise CannotRun(f"{problem}: make a new log")
+        marks = [line[:4] for line in itertools.takewhile(lambda line: line not in ("[failures]", "[summary]"), lines)]
+        passed, skipped, warned, failed = map(marks.count, OUTCOMES)
+        counts = f": {passed} passed, {warned} warned, {failed} failed, {skipped} skipped"
+        if counts not in lines[-1] or failed and PASS in lines[-1]:
+            raise CannotRun(f"{path} was cut or edited: its last line does not count the outcomes above it")
         return cls(os.path.basename(path), lines)
 
     @property
@@ -2290,11 +2296,13 @@ def compare_logs(old: Log, new: Log, options: argparse.Namespace) -> Stage[None]
     """Checks whose outcome, errors that, and throughput that became worse."""
     facts = ((id, old.texts.get(id, "-"), new.texts.get(id, "-")) for id in EXPERIMENT)
     changed = [f"{id}: {before} -> {after}" for id, before, after in facts if before != after]
-    # What did not pass may have a line of its own, which is gone when it passes.
-    passed = [id for id, mark in old.marks.items() if mark == PASS]
-    missing = [id for id in [*passed, *old.speeds] if id not in new.marks and id not in new.speeds]
-    worse = [f"{id}: {old.marks.get(id, 'new')} -> {mark}" for id, mark in new.marks.items()
-             if OUTCOMES.index(mark) > OUTCOMES.index(old.marks.get(id, SKIP))]  # fmt: skip
+    is_searched = "--batch-sizes auto" in new.texts.get("run.command", "")  # which may end at a smaller size
+    # What does not pass may have a line of its own, which is gone when it passes.
+    earlier = dict.fromkeys(old.speeds, PASS) | old.marks
+    missing = [id for id, mark in earlier.items() if mark == PASS and id not in new.marks and id not in new.speeds
+               and not (is_searched and id in old.speeds and id not in new.texts)]  # fmt: skip
+    worse = [f"{id}: {earlier.get(id, 'new')} -> {mark}" for id, mark in new.marks.items()
+             if OUTCOMES.index(mark) > OUTCOMES.index(earlier.get(id, SKIP))]  # fmt: skip
     before, after = old.speeds, new.speeds
     speeds = {id: compare_speed(before[id], after[id], options.max_slowdown) for id in before if id in after}
     yield from SPEED.header()

@@ -11,6 +11,7 @@ import threading
 import time
 
 import pytest
+from conftest import REHEARSAL
 from small_run import (
     CPU,
     after_model_stage,
@@ -436,6 +437,11 @@ def test_the_same_image_twice_is_no_collapse(images):
     context, loaded = after_model_stage("--image", images[0], images[0])
     assert len(loaded.images) == 1
     assert apart(stage_3(context, loaded)[0]) == {}
+    copied = images[0].with_name("copy.png")
+    copied.write_bytes(images[0].read_bytes())
+    context, loaded = after_model_stage("--image", *images, copied)
+    assert len(loaded.images) == 3
+    assert apart(stage_3(context, loaded)[0]) == {}
 
 
 # --- stage 5: throughput ----------------------------------------------------------------------------------------------
@@ -545,6 +551,19 @@ def test_a_batch_that_stage_3_had_no_memory_for_is_compared_with_the_images_that
     outputs = outputs._replace(eager=outputs.eager[:1])
     assert [*outputs.rows(3)] == [0, 0, 0]
     assert marks(drain(v.throughput_stage(context, outputs, checked))[0]) == {"throughput.outputs.float32": PASS}
+
+
+@pytest.mark.parametrize("distance", [3, 6])
+def test_a_row_that_is_computed_from_the_row_of_another_tile_is_detected(distance):
+    """The batch repeats the 3 images of stage 3: an incorrect row must not be a correct one of another repetition."""
+    context, outputs, checked = after_outputs_stage("--batch-sizes", "1", "3")
+    context = dataclasses.replace(context, options=v.parse_arguments([*REHEARSAL, "--batch-sizes", "3", "12"]))
+
+    def shift(output):
+        return torch.cat([output[:distance], output[:-distance]]) if len(output) > distance else output
+
+    alter(outputs.loaded, "", shift)
+    assert marks(drain(v.throughput_stage(context, outputs, checked))[0]) == {"throughput.outputs.float32": FAIL}
 
 
 def test_timed_outputs_of_a_mode_without_a_limit_from_stage_4_are_skipped():

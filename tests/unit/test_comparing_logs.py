@@ -10,6 +10,7 @@ from small_run import new_context
 import validate_npu as v
 from validate_npu import FAIL, PASS, WARN, Log
 
+NO_CHECKS = "RESULT: PASS  0 checks: 0 passed, 0 warned, 0 failed, 0 skipped"
 CHECKS = [f"comparison.{name}" for name in ("experiment", "checks", "outcomes", "errors", "speed")]
 
 
@@ -100,6 +101,11 @@ def without(pattern):
     return change
 
 
+def in_a_note(mark):
+    """Batch size 3 was not timed, for a reason."""
+    return lambda text: re.sub(r"(?m)^~    throughput\.float32\.3 .*", f"{mark} throughput.float32.3   (a reason)", text)
+
+
 @pytest.fixture
 def steady(rehearsal):
     """The log of a run in which all of many batches took the same time: else the spread would excuse anything."""
@@ -133,6 +139,8 @@ def steady(rehearsal):
         (without("PASS precision.control"), {"checks": "FAIL: precision.control"}),
         (without("PASS outputs.embedding"), {"checks": "FAIL: outputs.embedding"}),
         (without(r"~    throughput\.float32\.3"), {"checks": "FAIL: throughput.float32.3"}),
+        (in_a_note("SKIP"), {"outcomes": "FAIL: throughput.float32.3: PASS -> SKIP"}),
+        (in_a_note("~   "), {"checks": "FAIL: throughput.float32.3"}),
         (replaced("--model test_vit", "--model test_vit2"), {"experiment": "WARN: run.command: validate_npu.py"}),
         (replaced("device.name          cpu", "device.name  npu:0, Ascend910B4"),
          {"experiment": "WARN: device.name: cpu -> npu:0, Ascend910B4"}),
@@ -160,6 +168,12 @@ def test_what_was_wrong_and_is_corrected_is_not_missing(steady, line):
 def test_an_error_that_was_not_measured_has_not_grown(steady):
     old, new = (error("batch_err", value, "outputs.tokens")(steady) for value in ("-", "1.0e-03"))
     assert worse(old, new) == {}
+
+
+def test_a_search_for_the_batch_size_may_end_earlier_but_not_for_a_reason(steady):
+    searched = replaced("--batch-sizes 1 3", "--batch-sizes auto")(steady)
+    assert worse(searched, without(r"~    throughput\.float32\.3")(searched)) == {}
+    assert worse(searched, in_a_note("~   ")(searched)) == {"checks": "FAIL: throughput.float32.3"}
 
 
 def test_in_a_different_experiment_a_missing_check_is_a_warning(steady):
@@ -262,7 +276,7 @@ def test_speeds_have_a_table_whose_lines_vary():
 
 @pytest.mark.parametrize("change", [lambda t: "\ufeff" + t, lambda t: t + "\n\n", lambda t: t.replace("\n", "\r\n")])
 def test_a_log_is_read_as_editors_and_mail_change_it(tmp_path, change):
-    text = one_timing(10.0, 0.1) + "\n\nRESULT: PASS  1 checks"
+    text = one_timing(10.0, 0.1) + f"\n\n{NO_CHECKS}"
     (tmp_path / "log.txt").write_bytes(change(text).encode("utf-8"))
     read = Log.read(str(tmp_path / "log.txt"))
     assert read.texts == log(text).texts and read.speeds == log(text).speeds != {}
@@ -326,6 +340,7 @@ def test_a_log_is_read_with_the_line_ends_of_any_system(tmp_path, steady, line_e
             "validate_npu 2.3: test_vit on npu:0\n\nRESULT: PASS\n",
             "old.txt is a log of version 2.3, this script is version 3",
         ),
+        ("validate_npu 3.0: test_vit on npu:0\n\nRESULT: NOT RUN  (exit status 2; ...)\n", "old.txt is not a complete log"),
         ("RESULT: PASS  1 checks\n", "old.txt is not a complete log of validate_npu.py"),
         (b"\xff\xfe\x00", "old.txt is not a complete log of validate_npu.py"),
     ],
@@ -344,6 +359,32 @@ def test_the_beginning_of_a_log_is_refused(tmp_path, steady, part):
         Log.read(str(tmp_path / "old.txt"))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        replaced("PASS outputs.tokens", "FAIL outputs.tokens"),
+        without("PASS precision"),
+        lambda text: text.replace("RESULT: PASS", "RESULT: FAIL").replace("PASS outputs.tokens", "FAIL outputs.tokens"),
+    ],
+    ids=["a failed check", "no stage 4", "other counts"],
+)
+def test_a_log_whose_last_line_does_not_count_its_checks_is_refused(tmp_path, steady, change):
+    (tmp_path / "old.txt").write_text(change(steady))
+    with pytest.raises(v.CannotRun, match="old.txt was cut or edited"):
+        Log.read(str(tmp_path / "old.txt"))
+
+
+def test_a_result_that_contradicts_its_own_counts_is_refused(tmp_path, steady):
+    failed = steady.replace("PASS outputs.tokens", "FAIL outputs.tokens").replace(" 0 failed", " 1 failed")
+    passed = int(re.search(r"(\d+) passed", steady)[1])
+    failed = failed.replace(f" {passed} passed", f" {passed - 1} passed")
+    (tmp_path / "old.txt").write_text(failed)
+    with pytest.raises(v.CannotRun, match="old.txt was cut or edited"):
+        Log.read(str(tmp_path / "old.txt"))
+    (tmp_path / "old.txt").write_text(failed.replace("RESULT: PASS", "RESULT: FAIL"))
+    assert Log.read(str(tmp_path / "old.txt")).marks["outputs.tokens"] == FAIL
+
+
 def test_a_log_without_its_first_line_is_refused(tmp_path, steady):
     (tmp_path / "old.txt").write_text(steady.partition("\n")[2])
     with pytest.raises(v.CannotRun, match="its first or its last line is missing"):
@@ -351,7 +392,7 @@ def test_a_log_without_its_first_line_is_refused(tmp_path, steady):
 
 
 def test_a_log_without_any_stage_has_no_checks(tmp_path):
-    (tmp_path / "log.txt").write_text("validate_npu 3.0: test_vit on cpu\n\nRESULT: PASS  0 checks\n")
+    (tmp_path / "log.txt").write_text(f"validate_npu 3.0: test_vit on cpu\n\n{NO_CHECKS}\n")
     read = Log.read(str(tmp_path / "log.txt"))
     assert not read.marks and not read.texts and not read.rows
 

@@ -549,9 +549,17 @@ def same_weights(loaded):
 
 def test_the_control_alters_a_weight_for_one_comparison_and_restores_it(run):
     entry = control(*run)
-    assert entry.mark == PASS and entry.text.endswith("weight scaled by 1.01: an error of 1.0e-02 is detected")
+    assert entry.mark == PASS and entry.text.endswith("scaled by 1.01: an error of 1.0e-02 is detected")
     assert same_weights(run[1])
     assert all(not m.found.error for m in v.compare_modules(*run, v.Strict())), "and no hook is left"
+
+
+def test_the_control_is_detected_if_the_bias_is_nearly_the_whole_output(run):
+    loaded = run[1]._replace(cpu=copy.deepcopy(run[1].cpu))
+    for model in loaded.cpu, loaded.device:
+        model.patch_embed.proj.bias.data.mul_(1000)
+    entry = control(run[0], loaded)
+    assert entry.mark == PASS and "patch_embed.proj scaled by" in entry.text
 
 
 def test_the_weight_of_the_control_is_restored_after_an_error(run):

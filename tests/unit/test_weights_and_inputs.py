@@ -433,6 +433,11 @@ class AnotherHead(Timms):
         return 2 * super().forward(x)
 
 
+class NearlyTheSame(Timms):
+    def forward(self, x):
+        return 1.003 * super().forward(x)
+
+
 PLUG_INS = {
     Plain: {"logits"},
     GivesTuple: {"embedding", "logits", "unpooled"},
@@ -442,6 +447,7 @@ PLUG_INS = {
     HeadWithoutPreLogits: {"logits", "unpooled"},
     NoClassifier: {"embedding", "unpooled"},
     GivesText: "the forward pass of the model gives no tensor",
+    NearlyTheSame: r"model\(x\) is not forward_head\(forward_features\(x\)\)",
     AnotherHead: r"model\(x\) is not forward_head\(forward_features\(x\)\)",
 }
 
