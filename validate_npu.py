@@ -577,9 +577,11 @@ def hub_failure(name: str, error: Exception, refused: Exception | None) -> str:
         near = ", ".join(timm.list_pretrained(name.split(".")[0] + "*")[:5]) or "none"
         return f"{first_line(error)}; pretrained variants: {near}; or --weights random or FILE"
     advice = next((advice for pattern, advice in HUB_ERRORS.items() if re.search(pattern, text)), "")
-    if not advice:
+    if not advice or name.startswith("local-dir:") and isinstance(error, OSError):
         return f"timm cannot build {name} ({describe(error)})"
     advice = unreachable_hub() if not_cached and advice == STORAGE else advice
+    if name.startswith(("hf-hub:", "local-dir:")):  # without its config.json there is no model
+        return f"{name} could not be loaded ({describe(error)}): {advice}"
     return f"the weights of {name} could not be loaded ({describe(error)}): {advice}, or use --weights FILE or random"
 
 
@@ -668,12 +670,12 @@ def load_weights_file(options: argparse.Namespace, model: torch.nn.Module, path:
 
 
 def matching_size(options: argparse.Namespace, original: dict[str, torch.Tensor], keys: list[str]) -> list[str]:
-    """The image size for which these tensors of the model have the shapes of the file, as advice; or none."""
+    """An image size for which these tensors of the model have the shapes of the file, as advice; or none."""
     for size in IMAGE_SIZES if keys else ():
         with contextlib.suppress(Exception), torch.device("meta"):
             state = create_model(argparse.Namespace(**{**vars(options), "img_size": [size]})).state_dict()
             if all(state[key].shape == original[key].shape for key in keys):
-                return [f"the file is for images of {size} x {size} (--img-size {size})"]
+                return [f"the file fits --img-size {size}"]
     return []
 
 
@@ -857,13 +859,12 @@ def load_images(given: list[str], config: dict) -> Iterator[tuple[str, torch.Ten
 
 
 def first_images(given: list[str], config: dict) -> torch.Tensor | None:
-    """The first FIRST_IMAGES. The others are read, too, so that one that cannot be read ends the run here."""
-    if not given:
-        return None
-    first = []
-    for _, image in load_images(given, config):
-        first += [image] if len(first) < FIRST_IMAGES else []
-    return torch.stack(first)
+    """The first FIRST_IMAGES that differ. All are read, so that one that cannot be read ends the run here."""
+    images = []
+    for _, image in load_images(given, config) if given else ():
+        if len(images) < FIRST_IMAGES and not any(torch.equal(image, other) for other in images):
+            images.append(image)
+    return torch.stack(images) if images else None
 
 
 def sha256(tensors: dict[str, torch.Tensor]) -> str:

@@ -222,7 +222,7 @@ def without_counters(state):
     ("test_vit", {"num_classes": 0}, lambda s: s, ", 0 classes, as in the file"),
     ("test_resnet", {}, without_counters, ""),
     ("test_vit", {"img_size": 224}, lambda s: s,
-     ", pos_embed resampled from 1x197x64 to 1x101x64; the file is for images of 224 x 224 (--img-size 224)"),
+     ", pos_embed resampled from 1x197x64 to 1x101x64; the file fits --img-size 224"),
     ("test_swin", {"window_size": 2}, lambda s: s, ", layers.0.blocks.0.attn.relative_position_bias_table and 3 more resampled"
      " from 9x2 to 49x2"),
 ], ids=["a classifier for DINOv3", "other classes", "no classifier", "no num_batches_tracked", "positions", "relative positions"])  # fmt: skip
@@ -256,7 +256,7 @@ def with_lora(state):
     ("test_vit", lambda s: {"head.0.weight" if k == "head.weight" else "head.0.bias" if k == "head.bias" else k: t
                             for k, t in s.items()}, "its head is a Sequential, which this model of timm does not have"),
     ("cait_xxs24_224", lambda s: timm.create_model("cait_xxs24_224", img_size=256).state_dict(),
-     "keys 1 of another shape (pos_embed); the file is for images of 256 x 256 (--img-size 256)"),
+     "keys 1 of another shape (pos_embed); the file fits --img-size 256"),
 ], ids=["LoRA", "an adapter", "dynamic int8", "another model", "a Sequential", "another image size"])  # fmt: skip
 def test_a_checkpoint_that_does_not_fit_is_named_for_what_it_is(tmp_path, model, make, message):
     torch.save(make(drawn("test_vit")), tmp_path / "f.pth")
@@ -324,8 +324,13 @@ def test_a_folder_of_transformers_loads_if_it_names_a_model_of_timm(tmp_path):
 
 def test_a_folder_of_transformers_that_names_none_is_named(tmp_path):
     folder_of_transformers(tmp_path, architectures=["DINOv3ViTModel"], model_type="dinov3_vit")
-    with pytest.raises(v.CannotRun, match="its config.json names no architecture of timm: use --model NAME --weights"):
+    with pytest.raises(v.CannotRun, match="could not be loaded .* no architecture of timm: use --model NAME --weights FOLDER$"):
         v.load_model(new_context("--model", f"local-dir:{tmp_path}", "--weights", "pretrained").options)
+
+
+def test_a_folder_that_cannot_be_read_is_not_the_cache_of_the_hub():
+    error = PermissionError(13, "Permission denied", "d/config.json")
+    assert v.hub_failure("local-dir:d", error, None).endswith("(PermissionError: [Errno 13] Permission denied: 'd/config.json')")
 
 
 def test_tensors_that_the_model_does_not_get_are_not_judged(tmp_path):
