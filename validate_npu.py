@@ -2032,8 +2032,9 @@ def explain_throughput(timings: list[Timing], device: torch.device) -> Iterator[
     if device.type != "cpu" and (bound := rows(lambda timing: timing.host_bound)):
         advice = "larger batches are nearly free; +graph, +compile or a faster CPU helps, half precision does not"
         yield Entry(VARIES, "throughput.host_bound", f"{bound}: the device waits for the host; {advice}")
-    if doubtful := rows(lambda timing: not timing.figures["iqr"] <= MAX_IQR):
-        reason = f"iqr over {MAX_IQR:.0%}, or fewer than {FEWEST_BATCHES} batches: not reliable"
+    if doubtful := rows(lambda timing: not (timing.steady and timing.figures["iqr"] <= MAX_IQR)):
+        reason = f"iqr over {MAX_IQR:.0%}, fewer than {FEWEST_BATCHES} batches, or not steady to {STEADY:.0%} after the"
+        reason += " warm-up: not reliable"
         advice = "use an idle host and device, bind to cores (CPU_AFFINITY_CONF), raise --iters"
         yield Entry(VARIES, "throughput.doubtful", f"{doubtful}: {reason}; {advice}")
     eager = {timing.name: timing for timing in timings if timing.total_ms}
@@ -2049,9 +2050,6 @@ def explain_throughput(timings: list[Timing], device: torch.device) -> Iterator[
                     gain = 1000 / before.throughput - 1000 / timing.throughput  # milliseconds an image
                     texts[i] += f" (paid for after {timing.first_ms / gain:.2g} images)" if gain > 0 else " (no faster)"
             yield Entry(VARIES, f"throughput.compile.{group[0].mode.name}", f"with the first calls: {', '.join(texts)}")
-    if unsteady := rows(lambda timing: not timing.steady):
-        text = f"{unsteady}: the warm-up ended before the latency was stable to {STEADY:.0%}"
-        yield Entry(VARIES, "throughput.not_steady", text)
 
 
 def fastest_modes(context: Context, flops: int | None, groups: list, errors: dict[str, float]) -> Iterator[Entry]:
@@ -2408,9 +2406,9 @@ FACTS = {"environment": {"npu": "device.name", "date": "run.date", "software": "
                          "settings": "device.settings", "variables": "device.environment", "fp32": "device.fp32"},
          "subject": {"size": "model.size", "preprocessing": "model.preprocessing", "weights": "model.weights",
                      "weights_sha256": "model.weights_sha256", "inputs_sha256": "model.inputs_sha256"}}  # fmt: skip
+# Beginnings of the ids of facts that are notes.
 NOTES = ("model.fallback", "precision.fewer_bits", "precision.switches", "throughput.host_bound", "throughput.doubtful",
-         "throughput.not_steady", "throughput.saturated.", "throughput.copy", "throughput.fastest",
-         "throughput.sustained.tenths")  # beginnings of ids  # fmt: skip
+         "throughput.saturated.", "throughput.copy", "throughput.fastest", "throughput.sustained.tenths")
 
 
 def rows_of(log: Log, start: str, column: str) -> dict[str, tuple[str, dict[str, str]]]:
