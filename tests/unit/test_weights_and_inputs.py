@@ -443,6 +443,27 @@ class NearlyTheSame(Timms):
         return 1.003 * super().forward(x)
 
 
+class Random(Plain):
+    def forward(self, x):
+        return torch.nn.functional.dropout(super().forward(x))
+
+
+class NormalisedOverTheBatch(Plain):
+    """As a BatchNorm without running statistics."""
+
+    def forward(self, x):
+        return super().forward(x) + self.head(self.stem(x).mean((0, 2, 3)))
+
+
+class BatchLast(Plain):
+    def forward(self, x):
+        return super().forward(x).T
+
+
+UNJUDGED = (
+    r"model\(x\) is not forward_head\(forward_features\(x\)\), is random, or depends on other images,"
+    " so that its outputs cannot be judged"
+)
 PLUG_INS = {
     Plain: {"logits"},
     GivesTuple: {"embedding", "logits", "unpooled"},
@@ -452,8 +473,7 @@ PLUG_INS = {
     HeadWithoutPreLogits: {"logits", "unpooled"},
     NoClassifier: {"embedding", "unpooled"},
     GivesText: "the forward pass of the model gives no tensor",
-    NearlyTheSame: r"model\(x\) is not forward_head\(forward_features\(x\)\)",
-    AnotherHead: r"model\(x\) is not forward_head\(forward_features\(x\)\)",
+    **dict.fromkeys((AnotherHead, NearlyTheSame, Random, NormalisedOverTheBatch, BatchLast), UNJUDGED),
 }
 
 
