@@ -515,7 +515,7 @@ def check_outputs(model: torch.nn.Module, images: torch.Tensor) -> None:
     with torch.inference_mode():
         whole, parts = tensors_in(model(images)), forward_outputs(model, images[:1])
     if not whole or not parts:
-        raise CannotRun("the forward pass of the model gives no tensor")
+        raise CannotRun("the forward pass of the model gives no tensor of floats with a batch dimension")
     first, main = to_host(whole[0]), parts[main_output(parts)]
     if not all(np.isfinite(output).all() for output in (first, *parts.values())):
         names, found = {module: name for name, module in model.named_modules()}, []
@@ -654,7 +654,7 @@ def load_weights_file(options: argparse.Namespace, model: torch.nn.Module, path:
         names = " ".join(key for _, tensors in nested_tensors(checkpoint) for key in tensors)
         hints = [hint for pattern, hint in FOREIGN_KEYS.items() if re.search(pattern, names)]
         if any(key.startswith(f"{classifier}.0.") for key in problems["unexpected"]):
-            hints.append(f"its {classifier} is a Sequential, which this model of timm does not have")
+            hints.append(f"its {classifier} is a Sequential: save its Linear as {classifier}.weight and {classifier}.bias")
         hints += matching_size(options, original, problems["of another shape"])
         top = ", ".join(list(dict.fromkeys(str(key).split(".")[0] for key in checkpoint))[:6])
         problem = f"the weights file {file} is of another model than --model: keys {'; '.join(listed)}"
