@@ -905,7 +905,8 @@ def forward_outputs(model, inputs: torch.Tensor, maps: FeatureMaps | None = None
 
     "embedding", (B, C); "logits" of a classifier; "tokens", (B, N, C), else "unpooled"; "feature_map.1" and so on.
     """
-    with torch.inference_mode():
+    # Under inference_mode emulated_precision() would see whole operators such as einsum, and hide them from autocast.
+    with torch.inference_mode(not torch.is_autocast_enabled("cpu")), torch.no_grad():
         unpooled, found, classes = None, [], getattr(model, "num_classes", 0)
         try:
             if maps:

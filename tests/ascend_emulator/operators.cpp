@@ -565,7 +565,7 @@ OPERATOR(VarCorrection, (Tensor self, Ints dim, int64_t correction, bool keepdim
 OPERATOR(Std, (Tensor self, Ints dim, int64_t correction, bool keepdim, Out out),
          at::std_out(out.t, self, at::OptionalIntArrayRef(dim), Scalar(correction), keepdim))
 OPERATOR(LinalgVectorNorm, (Tensor self, Scalar order, Ints dim, bool keepdim, aclDataType, Out out),
-         at::linalg_vector_norm_out(out.t, self, order, at::OptionalIntArrayRef(dim), keepdim))
+         at::linalg_vector_norm_out(out.t, self, order, at::OptionalIntArrayRef(dim), keepdim, out.t.scalar_type()))
 OPERATOR(Cumsum, (Tensor self, int64_t dim, aclDataType type, Out out), at::cumsum_out(out.t, self, dim, as(type)))
 
 // ---- making, moving and picking ------------------------------------------------------------------------------------

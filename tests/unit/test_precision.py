@@ -274,6 +274,30 @@ def test_half_precision_is_judged_by_the_error_of_the_cpu_in_the_same_mode(mode,
     assert float(shown["limit"]) == pytest.approx(max(6 * error, 1e-2) if outcome == FAIL else 3 * error, rel=0.05)
 
 
+class EinsumHead(torch.nn.Module):
+    """Relative positions of SAM are such a product: of a parameter and, if `mixed`, a tensor that autocast has rounded."""
+
+    def __init__(self, weight, mixed):
+        super().__init__()
+        self.weight, self.mixed = weight, mixed
+
+    def forward(self, x):
+        x = torch.nn.functional.linear(x, torch.eye(x.shape[1]).to(x)) if self.mixed else x
+        return torch.einsum("bc,kc->bk", x, self.weight)
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["two in float32", "one in bfloat16"])
+def test_autocast_reaches_an_einsum_in_the_reference_of_half_precision(mixed):
+    context, loaded = after_model_stage("--modes", "amp-bfloat16")
+    cpu, mode = copy.deepcopy(loaded.cpu), v.MODES["amp-bfloat16"]
+    cpu.head = EinsumHead(cpu.head.weight, mixed)
+    loaded = with_references(context, loaded, cpu=cpu)
+    with mode.active(CPU):
+        errors = v.worst_rows(v.forward_outputs(cpu, loaded.references.inputs, loaded.maps), loaded.references.expected)
+    units = v.mode_units(context, loaded, mode)
+    assert {name: unit.cpu_error for name, unit in units.items()} == errors
+
+
 # --- float32 in strict mode, and by default ---------------------------------------------------------------------------
 
 TF32 = v.DOCUMENTED["TF32"]
