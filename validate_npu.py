@@ -654,7 +654,7 @@ def load_weights_file(options: argparse.Namespace, model: torch.nn.Module, path:
         names = " ".join(key for _, tensors in nested_tensors(checkpoint) for key in tensors)
         hints = [hint for pattern, hint in FOREIGN_KEYS.items() if re.search(pattern, names)]
         if any(key.startswith(f"{classifier}.0.") for key in problems["unexpected"]):
-            hints.append(f"its {classifier} is a Sequential: save its Linear as {classifier}.weight and {classifier}.bias")
+            hints.append(f"its {classifier} is a Sequential: save its Linear as {classifier}.weight and .bias")
         hints += matching_size(options, original, problems["of another shape"])
         top = ", ".join(list(dict.fromkeys(str(key).split(".")[0] for key in checkpoint))[:6])
         problem = f"the weights file {file} is of another model than --model: keys {'; '.join(listed)}"

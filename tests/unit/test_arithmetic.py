@@ -324,7 +324,7 @@ def test_the_inputs_are_one_of_each_of_five_seeds_then_the_first_images_that_dif
     from PIL import Image
 
     for i in range(5):
-        for name in (f"{i}.png", f"{i} (1).png"):  # two files of one image would be two equal outputs of a healthy device
+        for name in (f"{i}.png", f"{i} (1).png"):  # two files of one image, whose outputs are equal
             Image.new("RGB", (50, 50), (50 * i, 0, 0)).save(tmp_path / name)
     _, loaded = after_model_stage("--image", tmp_path, "--seed", seed)
     seeded, images = loaded.references.inputs[:5], loaded.references.inputs[5:]

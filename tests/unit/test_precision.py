@@ -275,7 +275,7 @@ def test_half_precision_is_judged_by_the_error_of_the_cpu_in_the_same_mode(mode,
 
 
 class EinsumHead(torch.nn.Module):
-    """Relative positions of SAM are such a product: of a parameter and, if `mixed`, a tensor that autocast has rounded."""
+    """Relative positions of SAM are such a product: of a parameter and, if `mixed`, a tensor in bfloat16."""
 
     def __init__(self, weight, mixed):
         super().__init__()

@@ -254,7 +254,7 @@ def with_lora(state):
     ("test_vit", quantised, "it is quantised: use the checkpoint that it was made from"),
     ("test_vit", lambda s: {"arch": 1, "net": {"conv.weight": torch.ones(2, 2)}, "epoch": 2}, "the file has arch, net, epoch"),
     ("test_vit", lambda s: {"head.0.weight" if k == "head.weight" else "head.0.bias" if k == "head.bias" else k: t
-                            for k, t in s.items()}, "its head is a Sequential: save its Linear as head.weight and head.bias"),
+                            for k, t in s.items()}, "its head is a Sequential: save its Linear as head.weight and .bias"),
     ("cait_xxs24_224", lambda s: timm.create_model("cait_xxs24_224", img_size=256).state_dict(),
      "keys 1 of another shape (pos_embed); the file fits --img-size 256"),
 ], ids=["LoRA", "an adapter", "dynamic int8", "another model", "a Sequential", "another image size"])  # fmt: skip
