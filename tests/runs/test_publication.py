@@ -81,13 +81,17 @@ def report(tmp_path):
 
 @pytest.fixture
 def edited(tmp_path):
-    """edited(run, (pattern, text), ...): its log with each match of each pattern replaced."""
+    """edited(run, (pattern, text), ...): its log with each match of each pattern replaced, and new counts."""
 
     def edited(run, *changes, name="edited.txt"):
         text = run.text
         for pattern, new in changes:
             text, count = re.subn(pattern, lambda _, new=new: new, text, flags=re.MULTILINE)
             assert count, pattern
+        marks = re.findall(r"^(PASS|WARN|FAIL|SKIP) +[a-z]+\.\S+ ", re.split(r"^\[(?:failures|summary)", text, flags=re.MULTILINE)[0],
+                           flags=re.MULTILINE)  # fmt: skip
+        counts = zip(("passed", "warned", "failed", "skipped"), map(marks.count, (v.PASS, v.WARN, v.FAIL, v.SKIP)))
+        text = re.sub(r"\d+ passed, .* skipped", ", ".join(f"{count} {word}" for word, count in counts), text)
         (tmp_path / name).write_text(text, "utf-8")
         found = Run(tmp_path, 0, "", "")
         found.path, found.text = tmp_path / name, text
