@@ -148,12 +148,14 @@ ROW_NORM_FLOOR = 0.1  # row norms are clamped to this share of the RMS row norm,
 # If the float32 error of the CPU is above the first, or the expected cost above the second, outputs cannot be used to
 # judge the device.
 MAX_CPU_ERROR, MAX_EXPECTED_COST = 1e-3, 0.1
+ERROR_OF_ZEROS = 1.0  # of an output that is all zeros. A limit above it detects nothing, and does not judge
 # The precision of a large product is identified if its relative L2 error is below this: kernels in float32 differ from
 # each other by 1e-6, 11 bits from 10 by 1e-4.
 IDENTIFIED = 2**-16
 # The device may predict another class, or nearest neighbour, if the margin on the CPU is below this many times the
 # error that the documented precision causes: two values enter a margin, and other images may have four times the error.
 PREDICTION_FACTOR = 8
+EXPLAINED = 0.2  # an error is due to rounding if its cosine to the effect of rounding is above this; else it is near 0
 CONTROL_SCALE = 1.01  # the negative control: the parameters of one layer are scaled by this
 # Outputs of two images that are closer than this are the same output. Rounding moves them by 1e-7 to 1e-6. A CNN with
 # random weights, which averages over the image, may set them only 2e-3 apart (lcnet_050).
@@ -406,6 +408,9 @@ def model_stage(context: Context, probe: Probe) -> Stage[Loaded]:
     options, device, ranks = context.options, context.device, context.ranks
     ranks.all_or_none("memory", lambda: check_memory(context))
     cpu, source = ranks.all_or_none("model", lambda: load_model(options))
+    sent = sha256(cpu.state_dict())
+    if len(set(ranks.gather("weights", sent))) > 1:
+        raise CannotRun("the processes have different weights: copy the same file, or hub cache, to each host")
     config = timm.data.resolve_model_data_config(cpu)
     inputs = draw_inputs(max(context.batch_sizes), config["input_size"], options.seed)
     images = ranks.all_or_none("images", lambda: first_images(options.image, config))
@@ -414,8 +419,8 @@ def model_stage(context: Context, probe: Probe) -> Stage[Loaded]:
     model = copy.deepcopy(cpu).to(device)
 
     mean, std = (" ".join(f"{value:g}" for value in config[name]) for name in ("mean", "std"))
-    sent, received = sha256(cpu.state_dict()), sha256(model.state_dict())
-    parameters, flops = sum(parameter.numel() for parameter in cpu.parameters()), count_flops(context, inputs.shape[1:])
+    received, flops = sha256(model.state_dict()), count_flops(context, inputs.shape[1:])
+    parameters = sum(parameter.numel() for parameter in cpu.parameters())
     text = f"{parameters:,} parameters" + (f", {flops / 1e9:.1f} GFLOP per image" if flops else "")
     text += f", embedding {cpu.num_features}" if hasattr(cpu, "num_features") else ""
     yield Entry(FACT, "model.size", f"{text}, {getattr(cpu, 'num_classes', 0) or 'no'} classes")
@@ -1244,7 +1249,9 @@ def judge_strictness(context: Context, loaded: Loaded, results: dict) -> Strict:
         errors = worst_rows(strict, references.expected)
         as_reduced = all(error <= references.tolerance(name).warn for name, error in errors.items())
         as_float32 = all(error <= references.tolerance(name, 0.0).warn for name, error in errors.items())
-        if as_reduced and not as_float32:
+        error, rounding = (part[references.main] - references.expected[references.main]
+                           for part in (strict, references.reduced))  # fmt: skip
+        if as_reduced and not as_float32 and compare(error, rounding).cosine > EXPLAINED:
             return Strict(f"the settings change nothing: float32 is computed in {reduced} with each of them")
     return Strict(again={"float32": {kind: getattr(*switch) for kind, switch in switches.items()}} | again)
 
@@ -1310,14 +1317,17 @@ def judge_output(references: References, least_fail: float, name: str, mode: Mod
     cells = {"err_fp64": compare(worst, exact).max_row, "expected": unit.cost, "cpu_err": unit.cpu_error}
     id, what = f"precision.{name}.{mode.name}", f"batch size {len(worst)}"
     entry = comparison(id, found, tolerance, what=what, row=(PRECISION, cells))
+    advice = "use weights for which this precision is sufficient"
     if not math.isfinite(tolerance.fail):
-        problem = f"it overflows in {mode.amp or mode.half or 'float16'} on the CPU as well"
-        advice = "use bfloat16"
-    elif not math.isfinite(found.error) or error <= MAX_CPU_ERROR and unit.cost <= MAX_EXPECTED_COST:
-        return entry
+        problem, advice = f"it overflows in {mode.amp or mode.half or 'float16'} on the CPU as well", "use bfloat16"
+    elif error > MAX_CPU_ERROR and math.isfinite(found.error):
+        problem = f"the float32 error of the CPU is {error:.1e}"
+    elif unit.cost > MAX_EXPECTED_COST and math.isfinite(found.error):
+        problem = f"the expected cost is {unit.cost:.1e}"
+    elif tolerance.fail >= ERROR_OF_ZEROS and math.isfinite(found.error):
+        problem = f"the error of the CPU in this mode is {unit.cpu_error:.1e}"
     else:
-        what, error = ("float32 error of the CPU", error) if error > MAX_CPU_ERROR else ("expected cost", unit.cost)
-        problem, advice = f"the {what} is {error:.1e}", "use weights for which this precision is sufficient"
+        return entry
     problem = f"not judged: {problem}"
     return entry._replace(mark=WARN, problem=problem, advice=advice, details=(), numeric=False, unjudged=True)
 
@@ -2113,8 +2123,9 @@ def judge_timed_outputs(timings: list[Timing], checked: Precision | None, what: 
         id = f"throughput.outputs.{what}{mode.name}"
         tolerance = checked.tolerances.get(mode.base) if checked else None
         reference = f"{mode.base} without graph" if mode.graph and f"{mode.base}.{worst.batch}" in eager else "stage 3"
-        if tolerance is None or not math.isfinite(tolerance.fail):
+        if tolerance is None or tolerance.fail >= ERROR_OF_ZEROS:
             reason = "stage 4 gave no limit for this mode" if tolerance is None else "it overflows on the CPU as well"
+            reason = f"its limit is {tolerance.fail:.1e}" if tolerance and math.isfinite(tolerance.fail) else reason
             yield Entry(SKIP, id, f"not judged: {reason}")
             continue
         where = f"batch size {worst.batch} against {reference}"
@@ -3373,6 +3384,8 @@ class Report:
         except (CannotRun, RanksLost):
             raise
         except Exception as error:
+            if isinstance(error, RuntimeError) and is_out_of_memory(error) and not self.quiet:  # no fault of the device
+                raise CannotRun(f"{self.device}: {OUT_OF_MEMORY} in stage {name}: {FREE_MEMORY}") from error
             problem = explain(error, "".join(printed))
             self.add([Entry(FAIL, f"{name}.stage", problem, advice=device_log(self.device))])
             self.lost = not still_works(self.device)

@@ -136,6 +136,24 @@ def test_an_output_is_not_judged_if_the_expected_cost_is_above_a_tenth(run):
     assert (entry.mark, entry.problem, entry.unjudged) == (WARN, "not judged: the expected cost is 2.0e-01", True)
 
 
+@pytest.mark.parametrize(("error", "outcome"), [(0.1, PASS), (0.16, PASS), (0.17, WARN), (0.3, WARN)])
+def test_an_output_is_not_judged_by_a_limit_that_zeros_would_pass(run, error, outcome):
+    """As of SAM in bfloat16. FAIL is above 6 times the error of the CPU; an output of zeros has an error of 1."""
+    references = run[1].references
+    unit = v.Unit(0.0, error, v.Tolerance(3 * error, 6 * error))
+    output = [references.expected["logits"] * 1.1]
+    entry = v.judge_output(references, 0.0, "logits", v.MODES["bfloat16"], output, unit)
+    assert (entry.mark, entry.unjudged) == (outcome, outcome == WARN)
+    assert outcome == PASS or entry.problem == f"not judged: the error of the CPU in this mode is {error:.1e}"
+
+
+def test_timed_outputs_are_not_judged_by_a_limit_that_zeros_would_pass_either():
+    context, loaded = after_model_stage("--iters", "2")
+    _, outputs = drain(v.outputs_stage(context, loaded))
+    checked = v.Precision("logits", {}, {"float32": v.Tolerance(0.6, 1.2)}, {}, [])
+    assert marks(drain(v.throughput_stage(context, outputs, checked))[0]) == {"throughput.outputs.float32": SKIP}
+
+
 def test_timed_outputs_are_not_judged_either_if_the_mode_overflows():
     """A limit without bounds would let them all pass."""
     context, loaded = both_changed(overflow_in_float16, "--modes", "amp-float16")
@@ -411,6 +429,17 @@ def test_switches_that_change_nothing_are_named_with_the_precision(monkeypatch):
     assert strict.tolerance == v.TOLERANCES["reduced module"]
     found = checks(device.stage_4())
     assert {entry.mark for entry in found.values()} == {PASS, SKIP} and found["precision.strict"].mark == SKIP
+
+
+def test_switches_that_change_nothing_excuse_no_error_that_rounding_does_not_cause(monkeypatch):
+    """Kernels in full float32 with each setting, and an operator that is off by less than the documented cost."""
+    device = Accelerator(monkeypatch)
+    device.conv.allow = False
+    alter(device.loaded, "head", lambda logits: logits * (1 + 1e-4))
+    device.loaded = first_pass_again(device.loaded)
+    assert device.loaded.references.costs["logits"] > 1e-4
+    assert not device.strict().reason
+    assert WARN in of_mode(checks(device.stage_4()), "strict")
 
 
 def test_a_device_that_computes_float32_in_full_with_each_setting_is_judged_strictly(monkeypatch):

@@ -276,6 +276,16 @@ def test_stages_after_one_that_lost_the_device_are_skipped(report, monkeypatch):
     )
 
 
+def test_a_stage_without_enough_memory_is_no_failed_check(report):
+    def stage():
+        raise torch.OutOfMemoryError("NPU out of memory. Tried to allocate 2.00 GiB")
+        yield
+
+    report.quiet = False
+    with pytest.raises(v.CannotRun, match="^cpu: out of device memory in stage precision: use smaller --batch-sizes, or free"):
+        report.run("precision", stage())
+
+
 def test_a_run_that_cannot_be_done_is_no_failed_check(report):
     def stage():
         raise v.CannotRun("no such model")
