@@ -235,8 +235,8 @@ def test_a_rank_that_waits_for_a_late_one_is_not_ended_by_its_own_timeout(valida
     assert done.clean, done.stdout + done.stderr
 
 
-def test_devices_of_two_hosts_are_distinguished(tmp_path):
-    """Two torchruns on one machine stand for two hosts, each with an npu:0."""
+def on_two_hosts(tmp_path, *arguments):
+    """Two torchruns on one machine stand for two hosts, each with an npu:0. What each printed, and its exit status."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -244,13 +244,29 @@ def test_devices_of_two_hosts_are_distinguished(tmp_path):
     env = os.environ | environment() | {"OMP_NUM_THREADS": "1"}
     hosts = []
     for node in ("0", "1"):
-        (tmp_path / node).mkdir()
-        command = [sys.executable, "-m", "torch.distributed.run", *master, "--node-rank", node, SCRIPT, *SMALL]
-        hosts.append(subprocess.Popen(command, cwd=tmp_path / node, env=env, stdout=subprocess.PIPE, text=True))
-    assert [(host.communicate(timeout=200), host.returncode)[1] for host in hosts] == [0, 0]
+        (tmp_path / node).mkdir(exist_ok=True)
+        command = [sys.executable, "-m", "torch.distributed.run", *master, "--node-rank", node, SCRIPT, *SMALL, *arguments]
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        hosts.append(subprocess.Popen(command, cwd=tmp_path / node, env=env, **streams))
+    return [(host.communicate(timeout=200)[0], host.returncode) for host in hosts]
+
+
+def test_devices_of_two_hosts_are_distinguished(tmp_path):
+    assert [status for _, status in on_two_hosts(tmp_path)] == [0, 0]
     log = (tmp_path / "0" / "validation_output.txt").read_text()
     assert re.search(r"^PASS devices\.0 +0 npu:0 .*\nPASS devices\.1 +1 npu:0 ", log, re.MULTILINE), log
     assert not (tmp_path / "1" / "validation_output.txt").exists(), "one log, written by rank 0"
+
+
+def test_hosts_with_different_weights_are_no_failure_of_a_device(tmp_path):
+    for seed in (0, 1):
+        model = v.timm.create_model("test_vit")
+        v.draw_weights(model, seed)
+        (tmp_path / str(seed)).mkdir()
+        v.torch.save(model.state_dict(), tmp_path / str(seed) / "my.pth")
+    (printed, status), _ = on_two_hosts(tmp_path, "--weights", "my.pth")
+    assert status == 1 and "error: the processes have different weights" in printed, printed
+    assert "RESULT: NOT RUN" in printed and not list(tmp_path.glob("*/validation_output.txt"))
 
 
 def test_weights_are_downloaded_once_per_host(tmp_path):
