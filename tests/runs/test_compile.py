@@ -96,6 +96,24 @@ def test_outputs_of_the_compiled_graph_that_are_wrong_fail(small_run, monkeypatc
     assert found["precision.logits.float32"] == found["throughput.outputs.float32"] == "PASS"
 
 
+def test_a_graph_that_ignores_its_inputs_fails(small_run, monkeypatch):
+    """It gives the output of the first call. That call has zeros as input."""
+
+    def frozen(graph, inputs):
+        outputs = []
+
+        def call(*args):
+            outputs.append(outputs[0] if outputs else graph(*args))
+            return outputs[0]
+
+        return call
+
+    context, loaded = small_run("scaled", "float32+compile")
+    monkeypatch.setitem(v.torch._dynamo.backends.registry._COMPILER_FNS, "scaled", frozen)
+    found, _ = stages_4_and_5(context, loaded)
+    assert found["precision.logits.float32+compile"] == found["throughput.outputs.float32+compile"] == "FAIL"
+
+
 @pytest.mark.full
 def test_of_a_compiler_that_fails_the_last_line_is_the_reason(small_run, monkeypatch, tmp_path):
     compiler = tmp_path / "g++"

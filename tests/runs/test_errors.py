@@ -200,12 +200,12 @@ def test_weights_that_may_not_be_read_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["--weights", "nowhere.pth"], "nowhere.pth does not exist"),
+        (["--output", "nowhere/log.txt"], "the log cannot be written to the folder of nowhere/log.txt"),
         (["--baseline", "nowhere.txt"], "nowhere.txt"),
         (["--image", "text.png"], "the image text.png cannot be read"),
         (["--weights", "test_vit2.safetensors"], "is of another model than --model"),
     ],
-    ids=["no weights", "no baseline", "no image", "another model"],
+    ids=["no folder", "no baseline", "no image", "another model"],
 )  # fmt: skip
 def test_under_torchrun_every_process_ends_with_the_same_reason(tmp_path, arguments, reason):
     """At once, whichever of them finds it: none waits for another until torchrun ends it."""

@@ -371,11 +371,20 @@ def test_a_second_run_must_be_bit_identical(run, change, outcome):
     assert found["outputs.determinism"].text.startswith(start)
 
 
+def test_algorithms_are_deterministic_in_the_stage_only_and_operators_that_have_none_are_named(run):
+    alter(run[1], "head", lambda x: x.clone().put_(torch.tensor([0]), x[0, :1]))
+    found, _ = stage_3(*run)
+    assert found["outputs.determinism"].text.endswith("; torch has no deterministic kernel for put_)")
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 @pytest.mark.parametrize("name", DOWNSTREAM)
 @pytest.mark.parametrize(("factor", "outcome"), [(1 + 1e-6, WARN), (1.1, FAIL), (math.nan, FAIL)])
-def test_the_first_forward_pass_is_compared_with_a_later_one(run, name, factor, outcome):
-    run[1].first[name] *= np.float32(factor)
-    found, _ = stage_3(*run)
+def test_the_first_forward_pass_is_compared_with_a_later_one(name, factor, outcome):
+    """Even if --batch-sizes has no 1."""
+    context, loaded = after_model_stage("--batch-sizes", "3")
+    loaded.first[name] *= np.float32(factor)
+    found, _ = stage_3(context, loaded)
     assert apart(found) == {"outputs.determinism": outcome}
     assert found["outputs.determinism"].problem.startswith(f"first forward pass, {name}: error ")
 
@@ -602,6 +611,16 @@ def test_ranks_exchange_values_and_one_that_does_not_answer_is_lost(two_ranks):
     with pytest.raises(v.RanksLost) as lost:
         waiting.gather("another step")
     assert lost.value.args == ([1],)
+
+
+def test_a_rank_that_waits_for_another_one_is_not_ended_by_its_own_timeout(two_ranks):
+    """--timeout is 0.1 s here. gather() waits for half a second beside it."""
+    report, ended = two_ranks[0].report, []
+    report.timeout, report.abort = 0.1, lambda *reason: ended.append(reason)
+    report.restart_timeout("model")
+    with pytest.raises(v.RanksLost):
+        two_ranks[0].gather("end")
+    assert not ended and report.stage == "model"
 
 
 @pytest.mark.parametrize("broken", [0, 1])

@@ -225,6 +225,20 @@ def test_half_the_spreads_of_both_runs_is_allowed(arguments, slower_by, outcome)
     assert compared(old, new, *arguments)["comparison.speed"].mark == outcome
 
 
+@pytest.mark.parametrize(("mean", "p50", "p90", "outcome"), [
+    (1.3, 1.3, 1.3, FAIL),
+    (1.3, 1.3, 1.0, PASS),
+    (1.3, 1.0, 1.3, PASS),  # a few slow batches
+    (1.0, 1.3, 1.3, PASS),
+    (1.0, 1.4, 1.0, FAIL),  # the median rose by more than 10 % and both spreads
+])  # fmt: skip
+def test_throughput_p50_and_p90_must_all_be_slower_unless_the_median_exceeds_the_spreads(mean, p50, p90, outcome):
+    """The factors by which the time of a batch grew, at spreads of 10 %."""
+    old = {"images/s": 100.0, "p50": 10.0, "p90": 10.0, "iqr": 0.1}
+    new = {"images/s": 100.0 / mean, "p50": 10.0 * p50, "p90": 10.0 * p90, "iqr": 0.1}
+    assert v.compare_speed(old, new, 10.0)[1] == outcome
+
+
 @pytest.mark.parametrize(
     ("times", "outcome"), [(0.5, PASS), (1.0, PASS), (1.1, PASS), (1.2, WARN), (3.0, WARN), (4.0, WARN), (5.0, FAIL)]
 )

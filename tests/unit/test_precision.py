@@ -527,6 +527,16 @@ def test_a_module_is_compared_on_the_inputs_of_the_cpu(run):
     assert [module.name for module in found if module.found.error] == ["blocks.2.attn.qkv", "blocks.2.attn", "blocks.2"]
 
 
+def test_modules_that_overwrite_their_input_do_not_share_it(run):
+    """Else both sides would end with the same values in the same memory."""
+    context, loaded = run
+    loaded = loaded._replace(cpu=copy.deepcopy(loaded.cpu))
+    for model, factor in ((loaded.cpu, 2.0), (loaded.device, 2.02)):
+        model.blocks[0].mlp.act.forward = lambda x, factor=factor: x.mul_(factor)
+    (found,) = v.compare_modules(context, loaded, v.Strict(), only="blocks.0.mlp.act")
+    assert found.found.max_row == pytest.approx(0.01, rel=1e-3)
+
+
 def test_no_row_of_a_module_is_left_out(run):
     alter(run[1], "blocks.0.norm1", lambda x: torch.cat([x[:1], x[1:] * 1.01]))
     (found,) = v.compare_modules(*run, v.Strict(), only="blocks.0.norm1")
@@ -677,6 +687,13 @@ def test_another_prediction_fails_if_the_precision_does_not_explain_it(found, ma
     assert mark == PASS or entry.text.endswith(" that precision explains: a.png")
 
 
+def test_a_prediction_fails_if_the_cpu_gives_nan_for_this_image():
+    """NaN equals nothing."""
+    expected = np.array([[0.9, 0.1, 0.0], [math.nan] * 3])
+    entry = v.judge_predictions("precision.top1", ["a.png", "b.png"], expected, np.eye(2, 3), 0.05)
+    assert entry.mark == FAIL and entry.text.endswith(" that precision explains: b.png")
+
+
 @pytest.mark.parametrize("found", [0.9, math.nan])
 def test_predictions_are_not_judged_if_the_cpu_overflows_as_well(found):
     entry = v.judge_predictions("precision.top1", ["a.png"], np.eye(1, 3), np.full((1, 3), found), math.inf)
@@ -696,7 +713,8 @@ def test_a_device_that_mixes_up_the_classes_fails(images):
     context, loaded = after_model_stage("--image", images)
     assert len(loaded.images) == v.FIRST_IMAGES == 4
     entries, _ = drain(v.precision_stage(context, loaded))
-    assert marks(entries, "precision.top1") == {"precision.top1": PASS}
+    top1 = checks(entries)["precision.top1"]
+    assert top1.mark == PASS and top1.text.startswith("9 of 9 images agree with the CPU; ")
     facts = [entry for entry in entries if entry.id.startswith("precision.image.")]
     assert [entry.id for entry in facts] == [f"precision.image.{n}" for n in (1, 2, 3, 4)]
     assert facts[0].text.startswith("0.png: ") and " on CPU, " in facts[0].text and facts[0].text.endswith(" on cpu")

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import math
 import re
 import types
 import zipfile
@@ -175,7 +176,8 @@ def other(state):
     return {key: value + 1 for key, value in state.items()}
 
 
-SCALARS = {"epoch": torch.tensor(3), "best_acc": torch.tensor(0.8)}
+SCALARS = {"epoch": torch.tensor(3), "best_acc": torch.tensor(0.8), "best_loss": torch.tensor(math.inf)}
+NUMPY = "float16", "float32", "float64", "int32", "int64", "bool"
 WRAPPED = {
     "DeepSpeed": (lambda s: {"module": s}, ", its module"),
     "SparK": (lambda s: {"arch": "vit", "module": s, "is_pretrain": False}, ", its module"),
@@ -199,6 +201,7 @@ WRAPPED = {
     "activation checkpointing": (lambda s: inside("_checkpoint_wrapped_module", s), ""),
     "regional compilation": (lambda s: inside("_orig_mod", s), ""),
     "flat, with figures": (lambda s: s | SCALARS, ""),
+    "figures of NumPy": (lambda s: {"model": s, "figures": [np.ones(1, name)[0] for name in NUMPY]}, ", its model"),
 }  # fmt: skip
 
 
@@ -212,6 +215,14 @@ def test_weights_are_found_where_most_of_the_names_of_the_model_are(tmp_path, na
     assert source == f"file f.pth{message}" and v.sha256(model.state_dict()) == v.sha256(state)
 
 
+def test_of_names_that_timm_converts_all_tensors_are_taken_although_a_few_fit_the_model():
+    """encoder.0.norm.weight ends in norm.weight, a name of the model."""
+    names = [f"encoder.{i}.{name}" for i in (0, 1) for name in ("norm.weight", "query.weight", "key.weight")]
+    expected = dict.fromkeys(["norm.weight", "head.weight", "blocks.0.qkv.weight", "blocks.1.qkv.weight"])
+    state, notes = v.unwrap({"model": {name: torch.ones(2) for name in names}}, expected)
+    assert behind("encoder.", state).keys() == set(names) and notes == ["its model", "prefix encoder. stripped"]
+
+
 def without_counters(state):
     return {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
 
@@ -221,11 +232,12 @@ def without_counters(state):
     ("test_vit", {"num_classes": 10}, lambda s: s, ", 10 classes, as in the file"),
     ("test_vit", {"num_classes": 0}, lambda s: s, ", 0 classes, as in the file"),
     ("test_resnet", {}, without_counters, ""),
+    ("iformer_t", {}, lambda s: s, ""),
     ("test_vit", {"img_size": 224}, lambda s: s,
      ", pos_embed resampled from 1x197x64 to 1x101x64; the file fits --img-size 224"),
     ("test_swin", {"window_size": 2}, lambda s: s, ", layers.0.blocks.0.attn.relative_position_bias_table and 3 more resampled"
      " from 9x2 to 49x2"),
-], ids=["a classifier for DINOv3", "other classes", "no classifier", "no num_batches_tracked", "positions", "relative positions"])  # fmt: skip
+], ids=["a classifier for DINOv3", "other classes", "no classifier", "no num_batches_tracked", "a model whose own names have module.", "positions", "relative positions"])  # fmt: skip
 def test_what_was_changed_while_loading_is_printed(tmp_path, model, changes, change, message):
     if model == "test_swin":  # its size and windows are fixed, so the same in a file of another window
         state = {key: torch.randn(9, value.shape[1]) if "bias_table" in key else value for key, value in drawn(model).items()}
@@ -414,6 +426,18 @@ class TwoHeads(Timms):
         return super().forward_head(x, True) if pre_logits else (super().forward_head(x), super().forward_head(x) * 2)
 
 
+class IntermediatesWithoutTheLastStep(Timms):
+    """forward_intermediates does not end with what forward_features gives."""
+
+    feature_info = types.SimpleNamespace(out_indices=[0])
+
+    def forward_features(self, x):
+        return 2 * self.stem(x)
+
+    def forward_intermediates(self, x, indices):
+        return self.stem(x), [self.stem(x)]
+
+
 class HeadWithoutPreLogits(Timms):
     def forward_head(self, x):
         return self.head(x.mean((2, 3)))
@@ -470,6 +494,7 @@ PLUG_INS = {
     GivesDict: {"embedding", "logits", "unpooled"},
     FeaturesInADict: {"embedding", "logits", "unpooled.1"},
     TwoHeads: {"embedding", "logits.1", "logits.2", "unpooled"},
+    IntermediatesWithoutTheLastStep: {"embedding", "logits", "unpooled"},
     HeadWithoutPreLogits: {"logits", "unpooled"},
     NoClassifier: {"embedding", "unpooled"},
     GivesText: "the forward pass of the model gives no tensor of floats with a batch dimension",
@@ -591,10 +616,12 @@ def test_an_image_of_which_nothing_is_left_is_refused_by_name(tmp_path, name, mo
         list(v.load_images([str(path)], config))
 
 
-def test_a_model_whose_channels_no_image_has_is_an_error(tmp_path):
+@pytest.mark.parametrize(("channels", "means"), [(4, 3), (4, 4), (1, 3), (3, 1)])
+def test_a_model_whose_channels_no_image_has_or_that_has_another_count_of_means_is_an_error(tmp_path, channels, means):
     save_image(tmp_path / "a.png", "RGB")
-    config = timm.data.resolve_model_data_config(timm.create_model("test_vit")) | {"input_size": (4, 160, 160)}
-    with pytest.raises(v.CannotRun, match=r"^the model takes 4 channel\(s\), and its pretrained_cfg has 3 means: --image needs 1 or 3"):
+    config = {"input_size": (channels, 160, 160), "mean": (0.5,) * means, "std": (0.5,) * means, "interpolation": "bicubic"}
+    problem = rf"^the model takes {channels} channel\(s\), and its pretrained_cfg has {means} means: --image needs 1 or 3"
+    with pytest.raises(v.CannotRun, match=problem):
         list(v.load_images([str(tmp_path / "a.png")], config))
 
 
@@ -609,13 +636,6 @@ def test_a_folder_of_pictures_is_one_of_a_mac_or_of_classes(tmp_path):
         v.image_files([str(tmp_path / "val")])
     pattern = re.search("'(.*)'", str(error.value))[1]
     assert v.image_files([pattern]) == [str(tmp_path / "val" / "cat" / "b.png")]
-
-
-def test_a_model_of_one_channel_with_three_means_is_named(tmp_path):
-    save_image(tmp_path / "a.png", "L")
-    config = timm.data.resolve_model_data_config(timm.create_model("test_vit")) | {"input_size": (1, 160, 160)}
-    with pytest.raises(v.CannotRun, match=r"^the model takes 1 channel\(s\), and its pretrained_cfg has 3 means: --image needs 1 or 3"):
-        list(v.load_images([str(tmp_path / "a.png")], config))
 
 
 # --- outputs ----------------------------------------------------------------------------------------------------------
