@@ -479,7 +479,7 @@ def check_memory(context: Context, root: str = "/") -> None:
 
 def load_model(options: argparse.Namespace) -> tuple[torch.nn.Module, str]:
     """The timm model in eval mode on the CPU, in float32, and the source of its weights. Raises CannotRun."""
-    name, weights = options.model, options.weights
+    name, weights = options.model.removeprefix("timm/"), options.weights
     if weights == "pretrained" and name.startswith("local-dir:"):
         weights = name.removeprefix("local-dir:")
     pretrained = weights == "pretrained"
@@ -612,7 +612,7 @@ def check_hub(name: str) -> Exception | None:
     repository, file = name.removeprefix("hf-hub:"), "config.json"
     if repository == name:
         with contextlib.suppress(RuntimeError):  # timm names the tag that it does not know
-            if known := timm.get_pretrained_cfg(name.removeprefix("timm/")):
+            if known := timm.get_pretrained_cfg(name):
                 repository, file = known.hf_hub_id, known.hf_hub_filename or "model.safetensors"
     if constants.HF_HUB_OFFLINE or not repository or repository == name:
         return None

@@ -146,7 +146,7 @@ def test_numbers_are_taken_as_people_write_them():
     [
         (["--device", "npu"], "CANN is not installed, or its environment is not set (libhccl.so not found): source"
                               " /usr/local/Ascend/cann/set_env.sh (before CANN 8.5: /usr/local/Ascend/ascend-toolkit/"),
-        (["--model", "vit_small_patch16_dinov3.nonsense", "--weights", "pretrained"],
+        (["--model", "timm/vit_small_patch16_dinov3.nonsense", "--weights", "pretrained"],
          "pretrained variants: vit_small_patch16_dinov3.lvd1689m"),
         (["--model", "test_vit", "--weights", "pretrained"], "HF_ENDPOINT=http://127.0.0.1:9 does not answer: correct or unset it"),
     ],

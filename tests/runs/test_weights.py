@@ -130,17 +130,17 @@ def test_a_token_that_has_expired_is_named_although_the_model_is_public(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("env", "message"),
+    ("model", "env", "message"),
     [
-        ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "HF_ENDPOINT=http://127.0.0.1:9 does not answer: correct or unset it"),
-        ({"HF_ENDPOINT": "http://hub.invalid", "HTTP_PROXY": "http://me:secret@127.0.0.1:9"},
+        ("timm/test_vit.r160_in1k", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "HF_ENDPOINT=http://127.0.0.1:9 does not answer: correct or unset it"),
+        ("test_vit", {"HF_ENDPOINT": "http://hub.invalid", "HTTP_PROXY": "http://me:secret@127.0.0.1:9"},
          "the proxy http://127.0.0.1:9 does not answer: correct or unset HTTP_PROXY"),
     ],
     ids=["no hub", "no proxy"],
 )  # fmt: skip
-def test_what_does_not_answer_is_named(tmp_path, env, message):
+def test_what_does_not_answer_is_named(tmp_path, model, env, message):
     """A closed port of this machine stands for a hub, or a proxy, that is gone. What a proxy's URL hides stays hidden."""
-    done = start(PRETRAINED, tmp_path, env | {"HF_HOME": str(tmp_path)})
+    done = start([*PRETRAINED, "--model", model], tmp_path, env | {"HF_HOME": str(tmp_path)})
     assert done.status == 2 and message in done.errors[0] and "secret" not in done.errors[0], done.stderr
 
 
