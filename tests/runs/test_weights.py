@@ -2,6 +2,7 @@
 
 import argparse
 import fcntl
+import io
 import json
 import math
 import os
@@ -18,7 +19,7 @@ from pathlib import Path
 import pytest
 import trained
 from conftest import OLD_LOG, REHEARSAL, SCRIPT, start
-from hub_server import HubServer
+from hub_server import REFUSALS, HubServer
 from huggingface_hub import hf_hub_download
 from safetensors.torch import save, save_file
 
@@ -118,6 +119,7 @@ def test_a_hub_that_does_not_give_the_weights_ends_the_run_in_a_minute(tmp_path,
     (error,) = done.errors
     assert "error: " in error and message.replace("URL", hub.url) in error, done.stderr
     assert not any(" /" == request[-2:] for request in hub.requests), "the home page is not requested"
+    assert behaviour not in REFUSALS or sum("/resolve/" in request for request in hub.requests) == 1, "then only the cache is used"
     assert "Traceback" not in done.stderr
     assert done.stdout.splitlines()[-1].startswith("RESULT: NOT RUN")
     assert done.text == OLD_LOG
@@ -399,6 +401,14 @@ def test_a_repository_of_the_hub_that_is_not_timms_own(tmp_path, files):
     """Its config.json has the architecture."""
     with HubServer("somebody/some-model", files | {"config.json": json.dumps(CONFIG).encode()}) as hub:
         done = from_hub(tmp_path, hub.url, "--model", "hf-hub:somebody/some-model")
+    assert done.clean, done.stderr
+    assert weights_of(done) == v.sha256(drawn("test_vit").state_dict())
+
+
+def test_a_repository_of_the_hub_without_safetensors(tmp_path):
+    torch.save(drawn("test_vit").state_dict(), file := io.BytesIO())
+    with HubServer(REPOSITORY, {"pytorch_model.bin": file.getvalue()}) as hub:
+        done = from_hub(tmp_path, hub.url)
     assert done.clean, done.stderr
     assert weights_of(done) == v.sha256(drawn("test_vit").state_dict())
 
