@@ -618,7 +618,7 @@ def check_hub(name: str) -> Exception | None:
         return None
     repository, _, revision = repository.partition("@")
     try:
-        found = get_hf_file_metadata(hf_hub_url(repository, file, revision=revision or None), timeout=10)
+        found = get_hf_file_metadata(hf_hub_url(repository, file, revision=revision or None))
         if found.commit_hash and found.etag:
             return None
         refused = ValueError(f"{constants.ENDPOINT} does not send X-Repo-Commit and ETag, the headers of a hub")
@@ -1012,7 +1012,7 @@ def float64_outputs(cpu: torch.nn.Module, inputs: torch.Tensor, maps: FeatureMap
     """Its outputs in float64, without a second copy of its weights. Afterwards they are unchanged."""
     dtypes = [tensor.dtype for tensor in tensors_of(cpu)]
     try:
-        return forward_outputs(clear_cached_biases(cpu.double()), inputs.double(), maps)
+        return forward_outputs(cpu.double(), inputs.double(), maps)
     finally:
         for tensor, dtype in zip(tensors_of(cpu), dtypes):
             tensor.data = tensor.data.to(dtype)

@@ -9,6 +9,7 @@ import math
 import re
 import threading
 import time
+import types
 
 import pytest
 from conftest import REHEARSAL
@@ -467,6 +468,22 @@ def test_out_of_memory_is_a_row_and_the_other_batch_sizes_are_reported():
     assert (entry.mark, entry.id, entry.problem) == (WARN, "throughput.float32.8", "out of device memory")
     assert v.timing_entry(timing, new_context("--batch-sizes", "auto")).mark == VARIES, "the search ends there"
     assert [group[0].batch for group in v.by_mode([TIMED, timing])] == [1]
+
+
+class NoReplay:
+    """A device module whose graphs replay nothing."""
+
+    Stream = current_stream = lambda *_: types.SimpleNamespace(wait_stream=lambda stream: None)
+    CUDAGraph = lambda *_: types.SimpleNamespace(replay=lambda: None)  # noqa: E731
+    stream = graph = lambda *_: contextlib.nullcontext()
+
+
+def test_a_graph_that_is_not_replayed_gives_an_incorrect_output(monkeypatch):
+    """It is captured with zeros: with the inputs themselves the output of the capture would be correct."""
+    monkeypatch.setattr(torch, "get_device_module", lambda kind: NoReplay())
+    inputs = torch.ones(2, 3)
+    replay = v.captured(lambda x: x * 2, inputs, CPU)
+    assert replay(inputs).eq(0).all()
 
 
 def test_a_graph_that_cannot_be_captured_is_skipped():
