@@ -3291,8 +3291,8 @@ BAR_WIDTH = 12
 OF_COST, OF_ERROR, OF_HALF = (TOLERANCES[name] for name in ("expected cost", "cpu error", "half"))
 LIMITS_TEXT = (f"max_row: worst row against CPU float64 with the device's GELU (err_fp64: exact GELU). max_elem: worst"
                f" element / {ELEMENT_FACTOR}. C: expected, e: cpu_err. WARN above {OF_COST.warn} C + {OF_ERROR.warn} e"
-               f" (half precision: {OF_HALF.warn} e), FAIL above {OF_COST.fail} C + {OF_ERROR.fail} e ({OF_HALF.fail} e),"
-               f" not below {UNEXPLAINED:.0e} while all modules pass")  # fmt: skip
+               f" (half precision: {OF_HALF.warn} e), FAIL above {OF_COST.fail} C + {OF_ERROR.fail} e"
+               f" ({OF_HALF.fail} e), not below {UNEXPLAINED:.0e} while all modules pass")  # fmt: skip
 PUBLISHED = Table(34, "max_abs:>8.1e", "mean_abs:>8.1e", "rel_l2:>8.1e", "nmae:>8.1e", "cosine:>10.7f")
 PROBABILITIES = Table(34, "max_abs:>8.1e", "top1:>5", "inputs:>6")
 CPU_LATENCY = Table(22, "p50_ms:>8.5g", "batch:>5", "threads:>7")
