@@ -1081,7 +1081,7 @@ def outputs_stage(context: Context, loaded: Loaded) -> Stage[Outputs]:
     yield from OUTPUTS.header()
     for name, output in largest.items():
         yield judge_record(f"outputs.{name}", output, problems[name], found.get(name, []), references.tolerance(name))
-    legend = "min to std: the largest batch. batch_err: worst error of a batch against batch size 1"
+    legend = "min to std: the largest. batch_err: a batch against batch size 1"
     yield OUTPUTS.legend(f"batch sizes {' '.join(batches)}. {legend}")
     yield judge_determinism(repeats, references.tolerance(), nondeterministic)
     return Outputs(loaded, largest.get(references.main, loaded.first[references.main]))
@@ -2045,10 +2045,9 @@ def explain_throughput(timings: list[Timing], device: torch.device) -> Iterator[
         advice = "larger batches are nearly free; +graph, +compile or a faster CPU helps, half precision does not"
         yield Entry(VARIES, "throughput.host_bound", f"{bound}: the device waits for the host; {advice}")
     if doubtful := rows(lambda timing: not (timing.steady and timing.figures["iqr"] <= MAX_IQR)):
-        reason = f"iqr over {MAX_IQR:.0%}, fewer than {FEWEST_BATCHES} batches, or not steady to {STEADY:.0%} after the"
-        reason += " warm-up: not reliable"
-        advice = "use an idle host and device, bind to cores (CPU_AFFINITY_CONF), raise --iters"
-        yield Entry(VARIES, "throughput.doubtful", f"{doubtful}: {reason}; {advice}")
+        reason = f"iqr over {MAX_IQR:.0%}, under {FEWEST_BATCHES} batches, or not steady to {STEADY:.0%}"
+        advice = "use an idle host, bind to cores (CPU_AFFINITY_CONF), raise --iters"
+        yield Entry(VARIES, "throughput.doubtful", f"{doubtful}: not reliable ({reason}): {advice}")
     eager = {timing.name: timing for timing in timings if timing.total_ms}
     for group in by_mode(timings):
         pairs = zip(group, group[1:])

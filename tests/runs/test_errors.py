@@ -115,7 +115,7 @@ def test_the_message_says_what_to_do(run, folder, arguments, message):
     ("option", "texts"),
     [
         ("--version", [f"validate_npu.py {validate_npu.VERSION}"]),
-        ("--help", ["torchrun --nproc-per-node 8 validate_npu.py ", "\nwhat:\n", "\nhow:\n", "\nresult:\n",
+        ("--help", ["torchrun --nproc-per-node 8 validate_npu.py ", "\nmodel and inputs:\n", "\nmeasurement:\n", "\noutput:\n",
                     f"(default: {' '.join(map(str, validate_npu.DEFAULT_BATCH_SIZES))})", "Exit status: 0 no check failed, "]),
     ],
 )  # fmt: skip

@@ -27,7 +27,7 @@ HALF = dataclasses.replace(FASTER, mode=v.MODES["float16"])
             "float32 4, float16 4: the device waits",
         ),
         ([FASTER], "host_bound", None),
-        ([SOME_SLOW], "doubtful", "float32 4: iqr over 10%, fewer than 5 batches, or not steady to 2% after "),
+        ([SOME_SLOW], "doubtful", "float32 4: not reliable (iqr over 10%, under 5 batches, or not steady to 2%): "),
         ([dataclasses.replace(MEASURED, total_ms=(10.0,) * 4)], "doubtful", "float32 4: "),
         ([ONE_SLOW], "doubtful", None),
         ([dataclasses.replace(MEASURED, steady=False)], "doubtful", "float32 4: "),
