@@ -1263,8 +1263,8 @@ def judge_mode(context: Context, loaded: Loaded, mode: Mode, outputs, least_fail
     """
     references, main = loaded.references, loaded.references.main
     if not isinstance(outputs, dict):
-        mark, advice = SKIP if isinstance(outputs, CannotCapture) else FAIL, device_log(context.device)
-        yield PRECISION.note(mark, f"precision.{mode.name}", str(outputs), advice=advice)
+        mark = SKIP if isinstance(outputs, CannotCapture) else FAIL
+        yield PRECISION.note(mark, f"precision.{mode.name}", str(outputs))
         return None, None
     try:
         units = mode_units(context, loaded, mode)
@@ -2017,7 +2017,7 @@ def timing_entry(timing: Timing, context: Context, table: str = "throughput") ->
         mark = WARN if context.options.batch_sizes else VARIES
         return THROUGHPUT.note(mark, id, OUT_OF_MEMORY, advice=FREE_MEMORY)
     if timing.problem:
-        return THROUGHPUT.note(timing.mark, id, timing.problem, advice=device_log(context.device))
+        return THROUGHPUT.note(timing.mark, id, timing.problem)
     return THROUGHPUT.entry(VARIES, id, *(None if math.isnan(figure) else figure for figure in timing.figures.values()))
 
 
@@ -2668,7 +2668,7 @@ def devices_stage(
         for timing in time_all(context, outputs, [largest]) if outputs and not report.lost else ():
             busy.append(timing)
     except Exception as error:  # the other ranks wait for the figures of this one
-        yield Entry(FAIL, "devices.together", explain(error), advice=device_log(context.device))
+        yield Entry(FAIL, "devices.together", explain(error))
     yield from (timing_entry(timing, context) for timing in busy if timing.problem == OUT_OF_MEMORY)
     yield from judge_timed_outputs(busy, checked, "together.")
     alone, together = ([dataclasses.replace(timing, output=None, found=None) for timing in rows if timing.total_ms]
@@ -2758,7 +2758,7 @@ ENVIRONMENT = """
 """.split()
 # Where CANN writes its log, the first that is set.
 LOG_FOLDER = os.environ.get("ASCEND_PROCESS_LOG_PATH") or f"{os.environ.get('ASCEND_WORK_PATH') or '~/ascend'}/log"
-SEE_LOG, RESET = f"see {LOG_FOLDER} for the operator", "check npu-smi info, then reset the device"
+RESET = "check npu-smi info, then reset the device"
 FREE_MEMORY = "use smaller --batch-sizes, or free the device"
 # Error codes that torch_npu reports, with what to do: of ACL (CANN, rt_error_codes.h), and 161xxx and 561xxx of aclnn.
 ERROR_CODES = {
@@ -2768,9 +2768,9 @@ ERROR_CODES = {
     **dict.fromkeys((500001, 500002), "CANN's compiler failed: its Python packages (decorator, attrs, psutil, scipy,"
                     " cloudpickle, numpy below 2) must be installed here"),
     **dict.fromkeys((507010, 507901), f"the device no longer answers: {RESET}"),
-    **dict.fromkeys((507014, 507034), f"an AI Core timed out: {SEE_LOG}"),
-    **dict.fromkeys((507015, 507035), f"an AI Core failed: {SEE_LOG}"),
-    **dict.fromkeys((507017, 507018), f"an AI CPU timed out or failed: {SEE_LOG}"),
+    **dict.fromkeys((507014, 507034), "an AI Core timed out"),
+    **dict.fromkeys((507015, 507035), "an AI Core failed"),
+    **dict.fromkeys((507017, 507018), "an AI CPU timed out or failed"),
     507033: f"the device does not start: {RESET}",
     **dict.fromkeys((507053, 507054, 507055), "the device memory is broken: take it out of use"),
     507008: "the SoC could not be read: is the device used by another container? check npu-smi info",
@@ -2966,11 +2966,6 @@ def require_working(device: torch.device, event: str) -> None:
             raise DeviceLost(f"the device no longer executes operators after this: {event}")
 
 
-def device_log(device: torch.device) -> str:
-    """Where to look next after an error of the device."""
-    return f"CANN's log is in {LOG_FOLDER}" if device.type == "npu" else ""
-
-
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Of the device. torch_npu 2.9.0 has no exception type for it, and its queue raises a plain RuntimeError."""
     pattern = "out of memory|EL0004|207001|207018"
@@ -3160,10 +3155,10 @@ def explain(error: BaseException, printed: str = "") -> str:
         return describe(error)
     # CANN's own reason. "EZ9999: Inner Error!" has no content, the line below it has.
     reason = re.search(r"HBM MULTI BIT ECC ERROR|\bE[A-Z]\d{4}: (?!Inner Error).+", text)
-    what, advice = "failed on the device", SEE_LOG
-    if code:
-        what, advice = f"error code {code[1]}", ERROR_CODES.get(int(code[1]), SEE_LOG)
-    what = f"{operator[1]}: {what}, {advice}" if operator else f"{what}, {advice}"
+    what = f"error code {code[1]}" if code else "failed on the device"
+    what = f"{operator[1]}: {what}" if operator else what
+    cause = code and ERROR_CODES.get(int(code[1]))
+    what += f"{f', {cause}' if cause else ''}; see {LOG_FOLDER}"
     varying = r"\[PID: ?\d+\] *|\d{4}-\d\d-\d\d[-\d:. ]*"
     return what + (f" ({re.sub(varying, '', reason[0])[:300]})" if reason else "")
 
@@ -3385,8 +3380,7 @@ class Report:
         except Exception as error:
             if isinstance(error, RuntimeError) and is_out_of_memory(error) and not self.quiet:  # no fault of the device
                 raise CannotRun(f"{self.device}: {OUT_OF_MEMORY} in stage {name}: {FREE_MEMORY}") from error
-            problem = explain(error, "".join(printed))
-            self.add([Entry(FAIL, f"{name}.stage", problem, advice=device_log(self.device))])
+            self.add([Entry(FAIL, f"{name}.stage", explain(error, "".join(printed)))])
             self.lost = not still_works(self.device)
             return None
 

@@ -457,15 +457,15 @@ def test_bytes_of_a_file_name_that_are_no_utf_8_are_printed_escaped():
         ("call acl failed, error code is 507015\n[ERROR] ...", "error code 507015, an AI Core failed"),
         ("aclrtSynchronizeStream error code:507014", "error code 507014, an AI Core timed out"),
         ("the current working operator name is aclnnAddmm.\n error code is 507015", "aclnnAddmm: error code 507015"),
-        ("error code is 999999", "error code 999999, see ~/ascend/log"),
-        ("aclnnAddmm failed", "aclnnAddmm: failed on the device, see ~/ascend/log"),
+        ("error code is 999999", "error code 999999; see ~/ascend/log"),
+        ("aclnnAddmm failed", "aclnnAddmm: failed on the device; see ~/ascend/log"),
         (
             "error code is 507015\nEZ9999: Inner Error!\nEZ9999: [PID: 12] 2026-11-25-10:00:00.123.456 vector error, core 0",
-            "an AI Core failed: see ~/ascend/log for the operator (EZ9999: vector error, core 0)",
+            "an AI Core failed; see ~/ascend/log (EZ9999: vector error, core 0)",
         ),
         (
             "error code is 507054\nHBM MULTI BIT ECC ERROR",
-            "the device memory is broken: take it out of use (HBM MULTI BIT",
+            "the device memory is broken: take it out of use; see ~/ascend/log (HBM MULTI BIT",
         ),
         (
             "aclnnCast: error code is 161002\nEZ1001: dtype not supported",
