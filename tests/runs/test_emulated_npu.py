@@ -177,7 +177,7 @@ def test_a_device_that_cannot_be_used_ends_the_run(tmp_path, run, arguments, kno
 @pytest.mark.parametrize(
     ("knobs", "failures"),
     [
-        ({"FAULT": "Addmm:error=507015,from=60"}, [r"outputs\.stage: aclnnAddmm: error code 507015, an AI Core failed: see"]),
+        ({"FAULT": "Addmm:error=507015,from=60"}, [r"outputs\.stage: aclnnAddmm: error code 507015, an AI Core failed; see"]),
         ({"FAULT": "Mul:error=507015,from=30"}, [r"\.stage: aclnnMul: error code 507015, an AI Core failed; see ~/ascend/log"]),
         ({"SYNCHRONIZE_ERROR": "507015,from=60"}, [r"\.stage: error code 507015, an AI Core failed; see ~/ascend/log"]),
         ({"SYNCHRONIZE_ERROR": "507014,from=60"}, [r"\.stage: error code 507014, an AI Core timed out"]),
