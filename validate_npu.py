@@ -3105,7 +3105,8 @@ def judge_fallback(device: torch.device, names: set[str], printed: str) -> Entry
     torch_npu refuses to fall back if it knows the variable, and it is 1; else it warns on stderr, in the first process.
     """
     id, disabled = "model.fallback", os.environ.get("TORCH_NPU_FALLBACK_CPU_DISABLE") == "1"
-    warned = re.findall(r"operator '([\w:.]+)' is not currently supported on the NPU backend", printed)
+    warning = r"operator '([\w:.]+)' is not currently supported on the NPU backend and will fall back"
+    warned = re.findall(warning, printed)
     inside = [f"{name} (its NPU kernel copies to the CPU and back)" for name in sorted(names & HOST_STAGED)]
     if warned or inside:
         advice = "it costs time: can the model avoid it?"
