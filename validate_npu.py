@@ -831,7 +831,8 @@ def image_files(given: list[str]) -> list[str]:
     files = []
     for name in given:
         if os.path.isdir(name):
-            found, deeper = images(f"{glob.escape(name)}/*"), images(f"{glob.escape(name)}/*/*")
+            found = images(f"{glob.escape(name)}/*")
+            deeper = [] if found else images(f"{glob.escape(name)}/*/*")
             advice = f": use --image '{name}/*/*{deeper[0][-4:]}' for those in its folders" if deeper else ""
             problem = f"the folder {name} has no images that can be read{advice}"
         else:
@@ -1321,11 +1322,13 @@ def judge_output(references: References, least_fail: float, name: str, mode: Mod
     advice = "use weights for which this precision is sufficient"
     if not math.isfinite(tolerance.warn):
         problem, advice = f"it overflows in {mode.amp or mode.half or 'float16'} on the CPU as well", "use bfloat16"
-    elif error > MAX_CPU_ERROR and math.isfinite(found.error):
+    elif not math.isfinite(found.error):  # fails, whatever the limits are
+        return entry
+    elif error > MAX_CPU_ERROR:
         problem = f"the float32 error of the CPU is {error:.1e}"
-    elif unit.cost > MAX_EXPECTED_COST and math.isfinite(found.error):
+    elif unit.cost > MAX_EXPECTED_COST:
         problem = f"the expected cost is {unit.cost:.1e}"
-    elif tolerance.warn > MAX_LIMIT and math.isfinite(found.error):
+    elif tolerance.warn > MAX_LIMIT:
         problem = f"the error of the CPU in this mode is {unit.cpu_error:.1e}"
     else:
         return entry
@@ -1789,8 +1792,8 @@ def throughput_stage(context: Context, outputs: Outputs, checked: Precision | No
         yield from LATENCY.header()
         for timing in timed:
             ms, peak = timing.total_ms, timing.peak_bytes and timing.peak_bytes / MIB
-            cells = min(ms), np.mean(ms), max(ms), np.median(timing.launch_ms)
-            cells = *cells, "host" if timing.host_bound else "device", timing.first_ms, peak, len(ms)
+            bound = "host" if timing.host_bound else "device"
+            cells = min(ms), np.mean(ms), max(ms), np.median(timing.launch_ms), bound, timing.first_ms, peak, len(ms)
             yield LATENCY.entry(VARIES, f"throughput.{timing.name}", *cells)
         limit = f"{HOST_BOUND:.0%} of p50"
         yield LATENCY.legend(f"launch: until the host has launched all; bound by the host from {limit} on")
@@ -1945,7 +1948,7 @@ def compiled(context: Context, mode: Mode, model: torch.nn.Module, inputs: torch
         synchronize(context.device)
     except Exception as error:  # compilers fail in many ways
         cause = getattr(error, "inner_exception", error)
-        if isinstance(cause, RuntimeError) and is_out_of_memory(cause):
+        if is_out_of_memory(cause):
             raise cause
         reason = str(cause).rstrip().split("\n")[-1] if "C++ compile error" in str(cause) else explain(cause)
         raise CannotCapture(f"torch.compile with {backend} failed: {reason}") from error
@@ -2124,8 +2127,10 @@ def judge_timed_outputs(timings: list[Timing], checked: Precision | None, what: 
         tolerance = checked.tolerances.get(mode.base) if checked else None
         reference = f"{mode.base} without graph" if mode.graph and f"{mode.base}.{worst.batch}" in eager else "stage 3"
         if tolerance is None or tolerance.warn > MAX_LIMIT:
-            reason = "stage 4 gave no limit for this mode" if tolerance is None else "it overflows on the CPU as well"
-            reason = f"its limit is {tolerance.warn:.1e}" if tolerance and math.isfinite(tolerance.warn) else reason
+            reason = "stage 4 gave no limit for this mode"
+            if tolerance:
+                overflows = math.isinf(tolerance.warn)
+                reason = "it overflows on the CPU as well" if overflows else f"its limit is {tolerance.warn:.1e}"
             yield Entry(SKIP, id, f"not judged: {reason}")
             continue
         where = f"batch size {worst.batch} against {reference}"
@@ -2291,9 +2296,7 @@ class Log:
             problem = f"{path} is a log of version {version[1] or '1'}, this script is version {VERSION}"
             raise CannotRun(f"{problem}: make a new log")
         marks = [line[:4] for line in itertools.takewhile(lambda line: line not in ("[failures]", "[summary]"), lines)]
-        passed, skipped, warned, failed = map(marks.count, OUTCOMES)
-        counts = f": {passed} passed, {warned} warned, {failed} failed, {skipped} skipped"
-        if counts not in lines[-1] or failed and PASS in lines[-1]:
+        if f": {counts_text(marks)}" not in lines[-1] or FAIL in marks and PASS in lines[-1]:
             raise CannotRun(f"{path} was cut or edited: its last line does not count the outcomes above it")
         return cls(os.path.basename(path), lines)
 
@@ -2304,18 +2307,24 @@ class Log:
                 if set(SPEED_COLUMNS) <= cells.keys() and not id.startswith(TOGETHER)}  # fmt: skip
 
 
+def counts_text(marks: list[str]) -> str:
+    """How many checks have each outcome, as in the last line of a log."""
+    passed, skipped, warned, failed = map(marks.count, OUTCOMES)
+    return f"{passed} passed, {warned} warned, {failed} failed, {skipped} skipped"
+
+
 def compare_logs(old: Log, new: Log, options: argparse.Namespace) -> Stage[None]:
     """Checks whose outcome, errors that, and throughput that became worse."""
     facts = ((id, old.texts.get(id, "-"), new.texts.get(id, "-")) for id in EXPERIMENT)
     changed = [f"{id}: {before} -> {after}" for id, before, after in facts if before != after]
+    before, after = old.speeds, new.speeds
     is_searched = "--batch-sizes auto" in new.texts.get("run.command", "")  # which may end at a smaller size
     # What does not pass may have a line of its own, which is gone when it passes.
-    earlier = dict.fromkeys(old.speeds, PASS) | old.marks
-    missing = [id for id, mark in earlier.items() if mark == PASS and id not in new.marks and id not in new.speeds
-               and not (is_searched and id in old.speeds and id not in new.texts)]  # fmt: skip
+    earlier = dict.fromkeys(before, PASS) | old.marks
+    missing = [id for id, mark in earlier.items() if mark == PASS and id not in new.marks and id not in after
+               and not (is_searched and id in before and id not in new.texts)]  # fmt: skip
     worse = [f"{id}: {earlier.get(id, 'new')} -> {mark}" for id, mark in new.marks.items()
              if OUTCOMES.index(mark) > OUTCOMES.index(earlier.get(id, SKIP))]  # fmt: skip
-    before, after = old.speeds, new.speeds
     speeds = {id: compare_speed(before[id], after[id], options.max_slowdown) for id in before if id in after}
     yield from SPEED.header()
     yield from (SPEED.entry(VARIES, f"comparison.{id}", *cells) for id, (cells, _) in speeds.items())
@@ -2470,11 +2479,11 @@ def content(log: Log) -> dict:
     found = {section: {label: texts.get(id, "") for label, id in ids.items()} for section, ids in FACTS.items()}
     nodes = [cells["node"] for _, cells in rows_of(log, "devices.", "chip").values()]
     found["environment"]["cards"], found["subject"] = str(len(nodes) or 1), {"name": options.model} | found["subject"]
-    (path, _, older), mirror = SET_ENV.partition(" ("), "export HF_ENDPOINT=https://hf-mirror.com"
+    path, _, older = SET_ENV.partition(" (")
+    hub = "export HF_ENDPOINT=https://hf-mirror.com" if options.weights == "pretrained" else ""
     launcher = f"torchrun --nnodes {len(set(nodes))} --nproc-per-node {nodes.count(nodes[0])}" if nodes else "python"
     found["reproduction"] = {"environment": f"{path}\n# {older.rstrip(')')}" if kind == "npu" else "",
-                             "hub": mirror if options.weights == "pretrained" else "",
-                             "command": f"{launcher} {texts['run.command']}"}  # fmt: skip
+                             "hub": hub, "command": f"{launcher} {texts['run.command']}"}  # fmt: skip
     found |= report_rows(log)
     starts = ("precision.first_values.",) if random else ("precision.first_values.", "precision.image.")
     found["inference"] |= {id.removeprefix("precision."): text for id, text in texts.items() if id.startswith(starts)}
@@ -2967,10 +2976,11 @@ def require_working(device: torch.device, event: str) -> None:
             raise DeviceLost(f"the device no longer executes operators after this: {event}")
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Of the device. torch_npu 2.9.0 has no exception type for it, and its queue raises a plain RuntimeError."""
-    pattern = "out of memory|EL0004|207001|207018"
-    return isinstance(error, torch.OutOfMemoryError) or bool(re.search(pattern, str(error)))
+    pattern = "out of memory|EL0004|207001|207018"  # torch.OutOfMemoryError is a RuntimeError
+    is_named = isinstance(error, torch.OutOfMemoryError) or re.search(pattern, str(error))
+    return isinstance(error, RuntimeError) and bool(is_named)
 
 
 def chip_name(device: torch.device) -> str:
@@ -3159,8 +3169,8 @@ def explain(error: BaseException, printed: str = "") -> str:
     reason = re.search(r"HBM MULTI BIT ECC ERROR|\bE[A-Z]\d{4}: (?!Inner Error).+", text)
     what = f"error code {code[1]}" if code else "failed on the device"
     what = f"{operator[1]}: {what}" if operator else what
-    cause = code and ERROR_CODES.get(int(code[1]))
-    what += f"{f', {cause}' if cause else ''}; see {LOG_FOLDER}"
+    cause = ERROR_CODES.get(int(code[1]), "") if code else ""
+    what = f"{', '.join(filter(None, [what, cause]))}; see {LOG_FOLDER}"
     varying = r"\[PID: ?\d+\] *|\d{4}-\d\d-\d\d[-\d:. ]*"
     return what + (f" ({re.sub(varying, '', reason[0])[:300]})" if reason else "")
 
@@ -3380,7 +3390,7 @@ class Report:
         except (CannotRun, RanksLost):
             raise
         except Exception as error:
-            if isinstance(error, RuntimeError) and is_out_of_memory(error) and not self.quiet:  # no fault of the device
+            if is_out_of_memory(error) and not self.quiet:  # no fault of the device
                 raise CannotRun(f"{self.device}: {OUT_OF_MEMORY} in stage {name}: {FREE_MEMORY}") from error
             self.add([Entry(FAIL, f"{name}.stage", explain(error, "".join(printed)))])
             self.lost = not still_works(self.device)
@@ -3440,9 +3450,7 @@ class Report:
     def result(self) -> int:
         """The last line of the log. Returns the exit status."""
         marks = [entry.mark for entry in self.checks]
-        passed, skipped, warned, failed = map(marks.count, OUTCOMES)
-        is_failure = failed or self.strict and warned
-        counts = f"{passed} passed, {warned} warned, {failed} failed, {skipped} skipped"
+        is_failure, counts = FAIL in marks or self.strict and WARN in marks, counts_text(marks)
         unjudged = sum(entry.unjudged for entry in self.checks)
         counts += f"; {unjudged} outputs not judged" if unjudged else ""
         self.line("", f"RESULT: {FAIL if is_failure else PASS}  {len(marks)} checks: {counts}{self.note}")
